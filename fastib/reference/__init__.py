@@ -1,0 +1,5 @@
+"""The operators in plain PyTorch: oracle of the tests, baseline of the benchmarks, fallback where no kernel runs."""
+
+from fastib.reference.mhca_attention import mhca_attention_ref
+
+__all__ = ["mhca_attention_ref"]
