@@ -1,0 +1,1 @@
+"""Training harness: configuration, data, loop, checkpoints and command line. It knows no method by name."""
