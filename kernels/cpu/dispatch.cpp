@@ -1,0 +1,86 @@
+#include "dispatch.h"
+
+#include <atomic>
+
+#include "mhca_attention.h"
+
+// Every CPU kernel: X(name, parameters, arguments).
+#define FASTIB_KERNELS(X)                                                                                          \
+  X(mhca_attention_forward, (const MhcaAttentionParams& params, int64_t begin, int64_t end), (params, begin, end)) \
+  X(mhca_attention_backward, (const MhcaAttentionGradParams& params, int64_t begin, int64_t end),                  \
+    (params, begin, end))                                                                                          \
+  X(mhca_attention_reduce_position, (const MhcaAttentionGradParams& params, void* grad_alpha, void* grad_center),  \
+    (params, grad_alpha, grad_center))
+
+namespace fastib {
+
+struct KernelTable {
+  const char* isa;
+  bool (*supported)();
+#define FASTIB_FIELD(name, parameters, arguments) void(*name) parameters;
+  FASTIB_KERNELS(FASTIB_FIELD)
+#undef FASTIB_FIELD
+};
+
+#define FASTIB_DECLARE(name, parameters, arguments) void name parameters;
+#define FASTIB_ENTRY(name, parameters, arguments) name,
+#define FASTIB_TABLE(isa, condition)                                                \
+  namespace isa {                                                                   \
+  FASTIB_KERNELS(FASTIB_DECLARE)                                                    \
+  static bool supported() { return condition; }                                     \
+  static const KernelTable table = {#isa, supported, FASTIB_KERNELS(FASTIB_ENTRY)}; \
+  }
+
+#ifdef FASTIB_X86
+FASTIB_TABLE(isa_v2, true)
+FASTIB_TABLE(isa_v3, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                         __builtin_cpu_supports("bmi2"))
+FASTIB_TABLE(isa_v4, isa_v3::supported() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16"))
+static const KernelTable* const kTables[] = {&isa_v2::table, &isa_v3::table, &isa_v4::table};
+#else
+FASTIB_TABLE(isa_portable, true)
+static const KernelTable* const kTables[] = {&isa_portable::table};
+#endif
+
+static const KernelTable* best_table() {
+  const KernelTable* best = kTables[0];
+  for (const KernelTable* table : kTables) {
+    if (table->supported()) best = table;
+  }
+  return best;
+}
+
+static std::atomic<const KernelTable*>& current_table() {
+  static std::atomic<const KernelTable*> table{best_table()};
+  return table;
+}
+
+static std::string short_name(const KernelTable& table) { return std::string(table.isa).substr(sizeof("isa_") - 1); }
+
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (const KernelTable* table : kTables) {
+    if (table->supported()) names.push_back(short_name(*table));
+  }
+  return names;
+}
+
+std::string cpu_isa() { return short_name(*current_table().load(std::memory_order_relaxed)); }
+
+bool set_cpu_isa(const std::string& name) {
+  for (const KernelTable* table : kTables) {
+    if (table->supported() && short_name(*table) == name) {
+      current_table().store(table, std::memory_order_relaxed);
+      return true;
+    }
+  }
+  return false;
+}
+
+#define FASTIB_DEFINE(name, parameters, arguments) \
+  void name parameters { current_table().load(std::memory_order_relaxed)->name arguments; }
+FASTIB_KERNELS(FASTIB_DEFINE)
+
+}  // namespace fastib

@@ -1,0 +1,118 @@
+// Vectors of the width this file is compiled for, written with the compiler's vector extension: one source serves SSE,
+// AVX2, AVX-512 and NEON.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace fastib::FASTIB_ISA_NAMESPACE {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+inline constexpr int kVectorRegisters = 32;
+#elif defined(__AVX__)
+inline constexpr int kVectorBytes = 32;
+inline constexpr int kVectorRegisters = 16;
+#elif defined(__aarch64__)
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kVectorRegisters = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kVectorRegisters = 16;
+#endif
+
+template <typename T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  static constexpr int lanes = kVectorBytes / 4;
+  typedef float vec __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t ivec __attribute__((vector_size(kVectorBytes)));
+  typedef int8_t bytes __attribute__((vector_size(kVectorBytes / 4)));
+};
+
+template <>
+struct Simd<double> {
+  static constexpr int lanes = kVectorBytes / 8;
+  typedef double vec __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t ivec __attribute__((vector_size(kVectorBytes)));
+  typedef int8_t bytes __attribute__((vector_size(kVectorBytes / 8)));
+};
+
+template <typename T>
+using Vec = typename Simd<T>::vec;
+
+template <typename T>
+inline constexpr int kLanes = Simd<T>::lanes;
+
+template <typename T>
+inline Vec<T> load(const T* p) {
+  Vec<T> x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+template <typename T>
+inline void store(T* p, Vec<T> x) {
+  std::memcpy(p, &x, sizeof(x));
+}
+
+template <typename T>
+inline Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+
+// Keeps the lanes whose byte is -1 and zeroes those whose byte is 0.
+template <typename T>
+inline Vec<T> keep_lanes(Vec<T> x, const int8_t* bytes) {
+  using S = Simd<T>;
+  typename S::bytes narrow;
+  std::memcpy(&narrow, bytes, sizeof(narrow));
+  const auto mask = __builtin_convertvector(narrow, typename S::ivec);
+  return (Vec<T>)((typename S::ivec)x & mask);
+}
+
+template <typename T>
+inline T horizontal_sum(Vec<T> x) {
+  T lanes[kLanes<T>];
+  std::memcpy(lanes, &x, sizeof(x));
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+template <typename T>
+inline T horizontal_max(Vec<T> x) {
+  T best = x[0];
+  for (int i = 1; i < kLanes<T>; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+template <typename T>
+inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+// 2^x, relative error below 2e-7; 0 below the normal range; NaN stays NaN. For x up to 127.
+inline Vec<float> exp2_vec(Vec<float> x) {
+  using I = Simd<float>::ivec;
+  const Vec<float> rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec<float> shifted = x + rounder;
+  const Vec<float> f = x - (shifted - rounder);
+  Vec<float> p = f * 0.001327647217f + 0.009675541331f;
+  p = p * f + 0.05550713273f;
+  p = p * f + 0.2402211972f;
+  p = p * f + 0.6931469671f;
+  p = p * f + 1.000000072f;
+  const Vec<float> power = (Vec<float>)(((I)shifted << 23) + 0x3f800000);
+  return x < -126.0f ? Vec<float>{} : p * power;
+}
+
+inline Vec<double> exp2_vec(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp2(x[i]);
+  return x;
+}
+
+}  // namespace fastib::FASTIB_ISA_NAMESPACE
