@@ -1,0 +1,156 @@
+"""What every operator shares: the choice of a backend, registration in `torch.ops.fastib`, seeds and error messages."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastib import _native
+from fastib.reference.philox import draw_seed
+
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LIBRARY = torch.library.Library("fastib", "FRAGMENT")
+OPS: dict[str, Op] = {}
+
+
+class Op:
+    """Where one operator can run. `gpu` names its GPU implementation: "triton" or "cuda"."""
+
+    def __init__(self, name: str, gpu: str):
+        self.name, self.gpu = name, gpu
+        self.cpu_default = "cpu" if _native.lib_available() else "reference"
+        self.gpu_default = gpu if self._why_no_gpu_code() is None else "reference"
+        OPS[name] = self
+
+    def _why_no_gpu_code(self) -> str | None:
+        if self.gpu == "triton":
+            missing = importlib.util.find_spec("triton") is None
+            return "triton is not installed; `pip install triton`" if missing else None
+        if not _native.lib_available():
+            return _native.why_not()
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastib::{self.name}", "CUDA")
+        return None if has_kernel else "the native library was built without CUDA; install nvcc and build again"
+
+    def why_not(self, backend: str) -> str | None:
+        """Why this machine cannot run the backend; None where it can. Asks for a GPU, so never called at import."""
+        if backend == "reference":
+            return None
+        if backend == "cpu":
+            return None if _native.lib_available() else _native.why_not()
+        if backend != self.gpu:
+            return f"the GPU implementation of {self.name} is {self.gpu!r}"
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+        return self._why_no_gpu_code()
+
+    def choose(self, backend: str | None, x: Tensor) -> str:
+        """The backend that runs an input like `x`. Raises RuntimeError where the one asked for cannot."""
+        if backend is None:
+            if x.is_cpu:
+                if self.cpu_default == "reference" and not torch.compiler.is_compiling():
+                    _native.warn_absent()
+                return self.cpu_default
+            return self.gpu_default if x.is_cuda and x.dtype != torch.float64 else "reference"
+        if backend not in BACKENDS:
+            raise ValueError(f"{self.name}: backend must be None or one of {BACKENDS}, got {backend!r}")
+        reason = self.why_not(backend)
+        if reason is None and backend != "reference":
+            device = "cpu" if backend == "cpu" else "cuda"
+            if x.device.type != device:
+                reason = f"it runs {device} tensors, and the inputs are on {x.device}"
+            elif device == "cuda" and x.dtype == torch.float64:
+                reason = "it has no float64 on the GPU"
+        if reason is not None:
+            raise RuntimeError(
+                f"{self.name}: backend={backend!r} is not available: {reason}. "
+                "Pass backend=None to choose one that is, or backend='reference' for plain PyTorch."
+            )
+        return backend
+
+
+def backends() -> dict[str, dict[str, bool | str]]:
+    """Per operator and backend: True, or the reason why it is not available here."""
+    return {name: {b: op.why_not(b) or True for b in BACKENDS} for name, op in OPS.items()}
+
+
+def register(name: str, schema: str, fake: Callable, triton: str | None = None) -> Any:
+    """Registers `fastib::name` and returns it (an OpOverload).
+
+    The schema is defined here only where the native library has not done so. `triton` names the launcher in
+    `fastib.kernels.triton.<op>` that is its CUDA kernel, as "module.function"; it is imported at the first call.
+    """
+    if not hasattr(torch.ops.fastib, name):
+        LIBRARY.define(name + schema)
+    torch.library.register_fake(f"fastib::{name}", fake, lib=LIBRARY)
+    if triton is not None:
+        LIBRARY.impl(name, _launch_triton(*triton.split(".")), "CUDA")
+    return getattr(torch.ops.fastib, name).default
+
+
+def _launch_triton(module: str, function: str) -> Callable:
+    @functools.cache
+    def launcher() -> Callable:
+        return getattr(importlib.import_module(f"fastib.kernels.triton.{module}"), function)
+
+    def launch(*args: Any) -> Any:
+        device = args[0].get_device()
+        if device == torch.cuda.current_device():
+            return launcher()(*args)
+        with torch.cuda.device(device):
+            return launcher()(*args)
+
+    return launch
+
+
+def below_autograd() -> Any:
+    """A context in which a `torch.ops` call goes straight to the kernel; autograd is the caller's affair."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the autocast dtype where autocast is on; float64 stays, as in PyTorch."""
+    device = tensors[0].device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype) for t in tensors)
+
+
+def seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed as a one-element int64 tensor on `device`; drawn from torch's generator where it is None."""
+    if seed is None:
+        return draw_seed(device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise invalid(op, "seed", "one int64 element", f"{seed.dtype} {tuple(seed.shape)}")
+        check_device(op, "seed", seed, device)
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+        raise invalid(op, "seed", "None, an int or a one-element int64 tensor", repr(seed))
+    if not -(2**63) <= seed < 2**63:
+        raise invalid(op, "seed", "a 64-bit signed integer", seed)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def invalid(op: str, argument: str, expected: object, got: object) -> ValueError:
+    """The error for a wrong shape, dtype or range."""
+    return ValueError(f"{op}: {argument} must be {expected}, got {got}")
+
+
+def check_device(op: str, argument: str, tensor: Tensor, device: torch.device) -> None:
+    """Raises RuntimeError where `tensor` is not on `device`."""
+    if tensor.device != device:
+        raise RuntimeError(f"{op}: {argument} must be on {device} like the other inputs, got {tensor.device}")
+
+
+def check_probability(op: str, argument: str, p: float) -> None:
+    """Raises ValueError where `p` is not a probability."""
+    if not 0.0 <= p <= 1.0:
+        raise invalid(op, argument, "a probability in [0, 1]", p)
