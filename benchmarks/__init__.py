@@ -1,0 +1,1 @@
+"""Benchmarks of fastib's operators against every peer that runs on this machine: `pytest benchmarks --benchmark-only`."""

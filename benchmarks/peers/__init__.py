@@ -1,0 +1,1 @@
+"""The ways to compute an operator that its benchmark compares, one file per operator."""
