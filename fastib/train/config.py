@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,12 +12,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastib.methods import MethodOptions, get_method
+from fastib.train.errors import ConfigError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-
-
-class ConfigError(ValueError):
-    """A recipe, an override or a combination of options that cannot be run."""
 
 
 @dataclass
@@ -27,12 +23,12 @@ class ModelConfig:
 
     name: str = "vit_small_patch16_224"
     pretrained: bool = False
-    kwargs: dict[str, Any] = field(default_factory=dict)  # passed to timm.create_model (patch_size, drop_path_rate, ...)
+    kwargs: dict[str, Any] = field(default_factory=dict)  # for timm.create_model (patch_size, ...)
 
 
 @dataclass
 class AugmentConfig:
-    """Training augmentation. The first group is timm's create_transform, the second timm's Mixup, the third the digits'."""
+    """Training augmentation: timm's create_transform for images, timm's Mixup for both, and the digits' own."""
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (0.75, 1.3333333333333333)
@@ -85,7 +81,7 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """Fields of timm's create_optimizer_v2; ``lr`` belongs to ``data.batch_size`` as it stands and is never rescaled."""
+    """Fields of timm's create_optimizer_v2; ``lr`` is never rescaled by the batch size."""
 
     opt: str = "adamw"
     lr: float = 5e-4
@@ -257,9 +253,16 @@ def _explain(error: OmegaConfBaseException, schema) -> str:
 def check(config: TrainConfig) -> None:
     """Raise ConfigError for values that no run can have."""
     data, augment = config.data, config.data.augment
-    positive = {"epochs": config.epochs, "grad_accum": config.grad_accum, "eval_every": config.eval_every,
-                "log_every": config.log_every, "data.batch_size": data.batch_size, "checkpoint.keep": config.checkpoint.keep,
-                "data.eval_batch_size": data.eval_batch_size, "data.augment.repeats": augment.repeats}  # fmt: skip
+    positive = {
+        "epochs": config.epochs,
+        "grad_accum": config.grad_accum,
+        "eval_every": config.eval_every,
+        "log_every": config.log_every,
+        "checkpoint.keep": config.checkpoint.keep,
+        "data.batch_size": data.batch_size,
+        "data.eval_batch_size": data.eval_batch_size,
+        "data.augment.repeats": augment.repeats,
+    }
     if config.steps is not None:
         positive["steps"] = config.steps
     for key, value in positive.items():
@@ -272,8 +275,3 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"ema.decay must be in [0, 1), got {config.ema.decay}")
     if data.batch_size % config.grad_accum:
         raise ConfigError(f"data.batch_size={data.batch_size} does not split into grad_accum={config.grad_accum} parts")
-
-
-def as_dict(config: TrainConfig) -> dict[str, Any]:
-    """`config` as nested plain containers."""
-    return dataclasses.asdict(config)

@@ -1,0 +1,140 @@
+"""Checkpoints: folders of safetensors and JSON, written whole or not at all. Nothing is ever pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastib.train.errors import CheckpointError
+
+FORMAT, VERSION = "fastib-checkpoint", 1
+STATE = "state.json"
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file and wait until it is on the disk. Tensors that share memory are written separately."""
+    seen: set[int] = set()
+    whole = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        pointer = tensor.untyped_storage().data_ptr()
+        whole[name] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    save_file(whole, path, metadata={"format": "pt"} | (metadata or {}))
+    _sync(path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file. Raises CheckpointError naming the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error} (truncated, or no safetensors file)") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    os.replace(temporary, path)
+
+
+def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split ``optimizer.state_dict()`` into tensors named ``parameter/name`` and what JSON can hold."""
+    tensors, scalars = {}, {}
+    for parameter, values in state["state"].items():
+        for name, value in values.items():
+            key = f"{parameter}/{name}"
+            if isinstance(value, Tensor):
+                tensors[key] = value
+            else:
+                scalars[key] = value
+    return tensors, {"scalars": scalars, "param_groups": state["param_groups"]}
+
+
+def unflatten_optimizer(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten_optimizer`; parameters that are numbers get their numbers back."""
+    state: dict[Any, dict[str, Any]] = {}
+    for key, value in {**tensors, **rest["scalars"]}.items():
+        parameter, _, name = key.rpartition("/")
+        state.setdefault(int(parameter) if parameter.isdigit() else parameter, {})[name] = value
+    return {"state": state, "param_groups": rest["param_groups"]}
+
+
+class Checkpoints:
+    """The checkpoints of a run, one folder ``step-NNNNNNNN`` each.
+
+    Args:
+        folder: where they lie.
+        keep: how many of the newest stay; the one of the best evaluation stays too.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder, self.keep = Path(folder), keep
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, oldest first."""
+        return sorted(int(path.name[5:]) for path in self.folder.glob("step-*") if path.name[5:].isdigit())
+
+    def save(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], best: int | None) -> Path:
+        """Write one checkpoint, then drop the old ones, and any of a later step (of an abandoned continuation).
+
+        Args:
+            tensors: per file stem, the named tensors.
+            state: anything JSON can hold.
+            best: step of the best evaluation so far.
+        """
+        target = self.path(step)
+        temporary = self.folder / f".{target.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for stem, values in tensors.items():
+            write_tensors(temporary / f"{stem}.safetensors", values)
+        header = {"format": FORMAT, "version": VERSION, "torch": torch.__version__, "files": sorted(tensors)}
+        (temporary / STATE).write_text(json.dumps(header | {"step": step} | state), encoding="utf-8")
+        _sync(temporary / STATE)
+        _sync(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(temporary, target)
+        _sync(self.folder)
+        newest = [other for other in self.steps() if other <= step][-self.keep :]
+        for other in self.steps():
+            if other not in (*newest, best):
+                shutil.rmtree(self.path(other), ignore_errors=True)
+        return target
+
+    def load(self, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Tensors per file, and the state. Raises CheckpointError naming the file that is at fault."""
+        file = self.path(step) / STATE
+        try:
+            state = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {file}: {error}") from error
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise CheckpointError(f"{file} is not the state of a fastib checkpoint")
+        if state["version"] != VERSION:
+            raise CheckpointError(f"{file} has version {state['version']}; this fastib reads version {VERSION}")
+        if state["step"] != step:
+            raise CheckpointError(f"{file} is of step {state['step']}, not of step {step}")
+        return {stem: read_tensors(self.path(step) / f"{stem}.safetensors")[0] for stem in state["files"]}, state
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

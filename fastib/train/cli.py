@@ -1,0 +1,114 @@
+"""The command line: ``fastib train``, ``teacher``, ``eval`` and ``info``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastib.train.errors import ConfigError, HarnessError, Stopped
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, 1 for an error shown on stderr, 128 + signal for a stopped run."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signum
+    except HarnessError as error:
+        print(f"error: {_message(error)}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastib", description="Vision transformers with inductive biases.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="train a student with a method", description=(
+        "Train a student. Options are key=value with the keys of the recipe, for example "
+        "model.name=vit_tiny_patch16_224 optim.lr=1e-3 data.train_fraction=0.1"))  # fmt: skip
+    train.add_argument("method", nargs="?", help="see `fastib info`")
+    teacher = commands.add_parser("teacher", help="train a CNN teacher")
+    teacher.set_defaults(method="teacher")
+    for command in (train, teacher):
+        command.add_argument("--recipe", help="a recipe of the method, or a YAML file")
+        command.add_argument("--data", help="a folder of images, or digits")
+        command.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+        command.add_argument("options", nargs="*", metavar="key=value")
+        command.set_defaults(run=_train)
+    evaluate = commands.add_parser("eval", help="evaluate the student of a finished run")
+    evaluate.add_argument("folder", metavar="RUN")
+    evaluate.add_argument("--data", help="another folder of images with the same classes")
+    evaluate.set_defaults(run=_eval)
+    commands.add_parser("info", help="versions, backends, methods, recipes, models").set_defaults(run=_info)
+    return parser
+
+
+def _train(arguments) -> None:
+    from fastib.train.config import load_config
+    from fastib.train.loop import resume, train
+
+    options = list(arguments.options)
+    method = arguments.method
+    if method is not None and "=" in method:
+        method, options = None, [method, *options]
+    if arguments.resume is not None:
+        if options or arguments.recipe or arguments.data:
+            raise ConfigError("a resumed run keeps its configuration: give --resume alone")
+        resume(arguments.resume)
+        return
+    if method is None:
+        raise ConfigError("which method? For example: fastib train plain")
+    train(load_config(method, arguments.recipe, arguments.data, options))
+
+
+def _eval(arguments) -> None:
+    from fastib.train.evaluate import evaluate_run
+
+    print(json.dumps(evaluate_run(Path(arguments.folder), arguments.data), indent=2))
+
+
+def _info(_arguments) -> None:
+    import timm
+    import torch
+
+    import fastib
+    import fastib.models
+    from fastib.methods import list_methods
+    from fastib.train.config import list_recipes
+
+    versions = {"fastib": fastib.__version__, "torch": torch.__version__, "timm": timm.__version__,
+                "python": sys.version.split()[0]}  # fmt: skip
+    print("versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"devices:  {os.cpu_count()} CPU threads" + "".join(f", {name}" for name in devices))
+    print("build:    " + ", ".join(f"{key}: {value}" for key, value in _build_info(fastib).items()))
+    print("backends:")
+    for op, backends in fastib.backends().items():
+        for backend, state in backends.items():
+            print(f"  {op:24} {backend:10} {'yes' if state is True else state}")
+    ours = [name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith("fastib.")]
+    print("models:   " + ", ".join(ours))
+    print("methods:  " + ", ".join(list_methods()))
+    print("recipes:  " + ", ".join(list_recipes()))
+
+
+def _build_info(fastib) -> dict:
+    try:
+        return dict(fastib.build_info())
+    except (AttributeError, ImportError, RuntimeError) as error:
+        return {"native library": str(error)}
+
+
+def _message(error: HarnessError) -> str:
+    """The message; of an error in a loader process, its last line, without that process's traceback."""
+    text = str(error).strip()
+    return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

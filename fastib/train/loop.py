@@ -1,0 +1,350 @@
+"""The training loop. It runs any method on accelerate: one process, DDP or FSDP2."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, send_to_device
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+
+from fastib.methods import get_method
+from fastib.train.build import build_model, describe, load_teacher, load_weights, save_student
+from fastib.train.checkpoint import Checkpoints, write_text
+from fastib.train.config import TrainConfig, read_config, save_config
+from fastib.train.data import build_data
+from fastib.train.errors import CheckpointError, ConfigError, DivergedError, Stopped
+from fastib.train.evaluate import evaluate
+from fastib.train.metrics import Metrics, Screen
+from fastib.train.runs import CONFIG, RESULT, STUDENT, Signals, fresh_folder
+from fastib.train.seeding import STEP, seed_all
+from fastib.train.state import gather_state, gather_weights, restore_state
+
+
+def train(config: TrainConfig) -> dict:
+    """Run `config` in a fresh folder to its end.
+
+    Returns what result.json holds: accuracies, steps, seconds, and ``folder``.
+    """
+    return Trainer(config).fit()
+
+
+def resume(folder: Path | str) -> dict:
+    """Go on with the run in `folder` from its newest usable checkpoint; the result is that of an unbroken run."""
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"cannot resume {folder}: it holds no {CONFIG}")
+    return Trainer(read_config(folder / CONFIG), resume_from=folder).fit()
+
+
+class Trainer:
+    """One run.
+
+    Attributes:
+        step: completed optimizer steps, of `total`.
+        method: the method, unwrapped; `model` is what accelerate made of it.
+    """
+
+    def __init__(self, config: TrainConfig, resume_from: Path | None = None):
+        self.config = config
+        cls = get_method(config.method.name)
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process may have set others
+        self.accelerator = Accelerator(
+            mixed_precision=config.precision,
+            gradient_accumulation_steps=config.grad_accum,
+            cpu=config.device == "cpu",
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=cls.find_unused_parameters)],
+        )
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        torch.use_deterministic_algorithms(config.deterministic)
+        seed_all(config.seed)
+        self.data = build_data(config.data, config.seed, self.rank)
+        self.steps_per_epoch = self.data.steps_per_epoch(config.data.batch_size, self.world)
+        self.total = config.steps or config.epochs * self.steps_per_epoch
+        self.description = describe(config.model, config.data)
+        student = build_model(**self.description, pretrained=config.model.pretrained)
+        try:
+            method = cls(config.method, student, config.data.num_classes, load_teacher)
+        except ValueError as error:
+            raise ConfigError(f"method {config.method.name}: {error}") from error
+        self._prepare(method)
+        self.step, self.best, self.sums, self.count = 0, None, {}, 0
+        self.recent: list[torch.Tensor] = []
+        self.names: tuple[str, ...] = ()
+        self.seconds = 0.0
+        self.first_step = 0
+        self.folder = self._folder(resume_from)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
+        if resume_from is not None:
+            self._restore()
+        elif self.accelerator.is_main_process:
+            save_config(config, self.folder / CONFIG)
+
+    def _prepare(self, method) -> None:
+        config = self.config
+        method.to(self.accelerator.device).train()
+        optim = config.optim
+        optimizer = create_optimizer_v2(
+            method, opt=optim.opt, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum,
+            filter_bias_and_bn=optim.filter_bias_and_bn, **optim.kwargs,
+        )  # fmt: skip
+        self.ema = None
+        if config.ema.decay:
+            if self.accelerator.is_fsdp2:
+                raise ConfigError("ema.decay does not go together with FSDP: the averaged copy is not sharded")
+            self.ema = ModelEmaV3(method.student, decay=config.ema.decay, use_warmup=config.ema.warmup)
+        if config.compile:
+            method.compile()
+        self.model, self.optimizer = self.accelerator.prepare(method, optimizer)
+        self.method = self.accelerator.unwrap_model(self.model)
+        self.scheduler = self._scheduler()
+        augment = config.data.augment
+        self.mixup = None
+        if augment.mixup or augment.cutmix or augment.smoothing:
+            if (config.data.batch_size // (config.grad_accum * self.world)) % 2:
+                raise ConfigError("mixup, cutmix and smoothing need an even number of images in each micro-batch")
+            self.mixup = Mixup(
+                mixup_alpha=augment.mixup, cutmix_alpha=augment.cutmix, switch_prob=augment.mixup_switch_prob,
+                prob=augment.mixup_prob if augment.mixup or augment.cutmix else 0.0, mode=augment.mixup_mode,
+                label_smoothing=augment.smoothing, num_classes=config.data.num_classes,
+            )  # fmt: skip
+
+    def _scheduler(self):
+        """timm's schedule in steps. It is a function of the step, so it needs no place in a checkpoint."""
+        sched, epoch = self.config.sched, self.steps_per_epoch
+        options = dict(sched.kwargs)
+        if sched.decay_epochs is not None:
+            options["decay_epochs"] = sched.decay_epochs * epoch
+        if "decay_milestones" in options:
+            options["decay_milestones"] = [milestone * epoch for milestone in options["decay_milestones"]]
+        scheduler, _ = create_scheduler_v2(
+            self.optimizer, sched=sched.sched, num_epochs=max(self.total - round(sched.cooldown_epochs * epoch), 1),
+            warmup_epochs=round(sched.warmup_epochs * epoch), warmup_lr=sched.warmup_lr, min_lr=sched.min_lr,
+            decay_rate=sched.decay_rate, step_on_epochs=False, updates_per_epoch=1, **options,
+        )  # fmt: skip
+        return scheduler
+
+    def _folder(self, resume_from: Path | None) -> Path:
+        if resume_from is not None:
+            return resume_from
+        folder = None
+        if self.accelerator.is_main_process:
+            folder = fresh_folder(self.config)
+        folder = broadcast_object_list([folder])[0]
+        if isinstance(folder, ConfigError):
+            raise folder
+        self.config.output = str(folder)
+        return Path(folder)
+
+    def _restore(self) -> None:
+        """Load the newest checkpoint that can be read; say so where it is not the newest one there is."""
+        failures = []
+        for step in reversed(self.checkpoints.steps()):
+            try:
+                tensors, state = self.checkpoints.load(step)
+                restore_state(self.accelerator, self.model, self.optimizer, tensors, state, self.checkpoints.path(step))
+                if self.ema:
+                    load_weights(self.ema.module, tensors["ema"], self.checkpoints.path(step) / "ema.safetensors")
+            except CheckpointError as error:
+                failures.append(str(error))
+                continue
+            for failure in failures:
+                warnings.warn(f"{failure}; going on from {self.checkpoints.path(step)}", stacklevel=2)
+            self.step, self.best, self.sums, self.count = step, state["best"], state["sums"], state["count"]
+            return
+        if failures:
+            raise CheckpointError(f"no checkpoint of {self.folder} can be used: " + "; ".join(failures))
+
+    def fit(self) -> dict:
+        """Train to the end, evaluate, and export the student.
+
+        Raises:
+            DivergedError: a loss is not finite.
+            Stopped: SIGINT or SIGTERM came; a checkpoint has been written.
+        """
+        config, main = self.config, self.accelerator.is_main_process
+        self.first_step = self.step
+        self.metrics = Metrics(self.folder, self.step) if main else None
+        with Screen(self.total, self.step, show=main) as self.screen, Signals() as self.signals:
+            self.screen.line(f"{config.method.name} into {self.folder}: {self._summary()}")
+            try:
+                if self.step < self.total:
+                    self._loop()
+                return self._finish()
+            finally:
+                if main:
+                    self.metrics.close()
+
+    def _summary(self) -> str:
+        parameters = sum(p.numel() for p in self.method.student.parameters())
+        start = f", going on at step {self.step}" if self.step else ""
+        return (
+            f"{self.config.model.name} ({parameters / 1e6:.2f} M parameters), {len(self.data.train)} training and "
+            f"{len(self.data.eval)} test images, {self.total} steps on {self.world} x {self.accelerator.device}{start}"
+        )
+
+    def _loop(self) -> None:
+        config = self.config
+        batches = self.data.train_loader(config.data, config.seed, start=self.step, stop=self.total,
+                                         accumulate=config.grad_accum, rank=self.rank, world=self.world)  # fmt: skip
+        clock = time.perf_counter()
+        while self.step < self.total:
+            self._train_step(batches)
+            last = self.step == self.total
+            epoch_end = last or self.step % self.steps_per_epoch == 0
+            if epoch_end or self.step % config.log_every == 0 or self.signals.caught:
+                self._look()
+            if epoch_end:
+                self.seconds += time.perf_counter() - clock
+                self._end_epoch(last)
+                clock = time.perf_counter()
+            elif config.checkpoint.every_steps and self.step % config.checkpoint.every_steps == 0:
+                self._look()
+                self._checkpoint()
+            if (epoch_end or self.step % config.log_every == 0 or self.world == 1) and self._stopping():
+                self._look()
+                path = self._checkpoint()
+                name = signal.Signals(self.signals.caught or signal.SIGTERM).name
+                raise Stopped(
+                    f"stopped by {name} after step {self.step}; checkpoint {path}; go on with --resume {self.folder}",
+                    self.signals.caught or signal.SIGTERM,
+                )
+
+    def _train_step(self, batches) -> None:
+        """One optimizer step. Its random numbers depend on (seed, step, micro-batch, process)."""
+        config, accelerator = self.config, self.accelerator
+        self.scheduler.step_update(self.step)
+        parts = None
+        for micro in range(config.grad_accum):
+            images, targets = send_to_device(next(batches), accelerator.device, non_blocking=True)
+            seed_all(config.seed, STEP, self.step, micro, self.rank)
+            if self.mixup:
+                images, targets = self.mixup(images, targets)
+            with accelerator.accumulate(self.model):
+                losses = self.model(images, targets, self.step / self.total)
+                self.method.backward(losses, accelerator)
+                if accelerator.sync_gradients and config.clip_grad is not None:
+                    accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if tuple(losses) != self.names:
+                self._look()
+                self.names = tuple(losses)
+            values = torch.stack([loss.detach().double() for loss in losses.values()]) / config.grad_accum
+            parts = values if parts is None else parts + values
+        self.recent.append(parts)
+        self.step += 1
+        if self.ema:
+            self.ema.update(self.method.student, step=self.step)
+
+    def _look(self) -> None:
+        """Read the losses since the last look, averaged over processes; stop where one is not finite."""
+        if not self.recent:
+            return
+        table = self.accelerator.reduce(torch.stack(self.recent), reduction="mean").tolist()
+        first = self.step - len(table)
+        self.recent = []
+        for offset, values in enumerate(table):
+            if not all(map(math.isfinite, values)):
+                self._diverged(first + offset + 1, dict(zip(self.names, values, strict=True)))
+            for name, value in zip(self.names, values, strict=True):
+                self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += len(table)
+        self.screen.step(self.step, sum(table[-1]))
+        if self.metrics:
+            row = {f"step/{name}": value for name, value in zip(self.names, table[-1], strict=True)}
+            self.metrics.scalars(row | {"step/lr": self.optimizer.param_groups[0]["lr"]}, self.step)
+
+    def _diverged(self, step: int, losses: dict[str, float]) -> None:
+        steps = self.checkpoints.steps()
+        good = (
+            f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "there is no checkpoint yet"
+        )
+        values = ", ".join(f"{name}={value}" for name, value in losses.items())
+        raise DivergedError(
+            f"method {self.config.method.name}: the loss of step {step} is not finite ({values}); {good}"
+        )
+
+    def _stopping(self) -> bool:
+        if self.world == 1:
+            return self.signals.caught is not None
+        flag = torch.tensor(float(self.signals.caught is not None), device=self.accelerator.device)
+        return self.accelerator.reduce(flag, reduction="sum").item() > 0
+
+    def _end_epoch(self, last: bool) -> None:
+        config = self.config
+        epoch = math.ceil(self.step / self.steps_per_epoch)
+        row = {"step": self.step, "epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+        row |= {f"train/{name}": value / self.count for name, value in self.sums.items()}
+        self.sums, self.count = {}, 0
+        improved = False
+        if last or epoch % config.eval_every == 0:
+            row |= self._evaluate()
+            score = row.get("ema/top1", row["eval/top1"])
+            improved = self.best is None or score > self.best["top1"]
+            if improved:
+                self.best = {"step": self.step, "epoch": epoch, "top1": score}
+        self.screen.row(row)
+        if self.metrics:
+            self.metrics.add(row)
+        every = config.checkpoint.every_epochs
+        if last or improved or (every and epoch % every == 0):
+            self._checkpoint()
+
+    def _evaluate(self) -> dict[str, float]:
+        self.method.eval()
+        models = {"eval": self.method} | ({"ema": self.ema.module} if self.ema else {})
+        row = {}
+        for prefix, model in models.items():
+            loader, valid = self.data.eval_loader(self.config.data, self.rank, self.world)
+            scores = evaluate(model, loader, self.accelerator, valid)
+            row |= {f"{prefix}/{name}": value for name, value in scores.items()}
+        self.method.train()
+        return row
+
+    def _checkpoint(self) -> Path:
+        tensors, state = gather_state(self.accelerator, self.model, self.optimizer)
+        path = self.checkpoints.path(self.step)
+        if self.accelerator.is_main_process:
+            if self.ema:
+                tensors["ema"] = self.ema.module.state_dict()
+            state |= {"best": self.best, "sums": self.sums, "count": self.count}
+            self.checkpoints.save(self.step, tensors, state, self.best and self.best["step"])
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def _finish(self) -> dict:
+        """Export the student, with the averaged weights where there are any, and write result.json."""
+        row = self._evaluate()
+        weights = self._export()
+        steps = max(self.step - self.first_step, 1)
+        result = {
+            "method": self.config.method.name, "model": self.config.model.name, "folder": str(self.folder),
+            "step": self.step, "best": self.best, **row, "top1": row.get("ema/top1", row["eval/top1"]),
+            "seconds": self.seconds, "seconds_per_step": self.seconds / steps,
+            "images_per_second": steps * self.config.data.batch_size / max(self.seconds, 1e-9),
+            "parameters": sum(p.numel() for p in self.method.student.parameters()), "processes": self.world,
+            "torch": torch.__version__, "timm": timm.__version__,
+        }  # fmt: skip
+        if self.accelerator.is_main_process:
+            save_student(self.folder / STUDENT, weights, self.description)
+            write_text(self.folder / RESULT, json.dumps(result, indent=2) + "\n")
+            self.screen.line(f"top-1 {result['top1']:.2f} %; student in {self.folder / STUDENT}")
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def _export(self) -> dict[str, torch.Tensor]:
+        if self.ema:
+            self.method.student.load_state_dict(self.ema.module.state_dict())
+        return gather_weights(self.method.export())
