@@ -24,7 +24,7 @@ def _load() -> str:
     try:
         torch.ops.load_library(str(_LIBRARY))
     except (OSError, RuntimeError) as error:
-        return f"the compiled library does not load ({error}); rebuild it: pip install --no-build-isolation -e ."
+        return f"the compiled library does not load ({error.__cause__ or error}); rebuild it: pip install --no-build-isolation -e ."
     return ""
 
 

@@ -4,13 +4,10 @@
 
 #include "mhca_attention.h"
 
-// Every CPU kernel: X(name, parameters, arguments).
+// Every kernel with a copy per instruction set: X(name, parameters, arguments).
 #define FASTIB_KERNELS(X)                                                                                          \
   X(mhca_attention_forward, (const MhcaAttentionParams& params, int64_t begin, int64_t end), (params, begin, end)) \
-  X(mhca_attention_backward, (const MhcaAttentionGradParams& params, int64_t begin, int64_t end),                  \
-    (params, begin, end))                                                                                          \
-  X(mhca_attention_reduce_position, (const MhcaAttentionGradParams& params, void* grad_alpha, void* grad_center),  \
-    (params, grad_alpha, grad_center))
+  X(mhca_attention_backward, (const MhcaAttentionGradParams& params, int64_t begin, int64_t end), (params, begin, end))
 
 namespace fastib {
 
