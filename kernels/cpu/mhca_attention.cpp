@@ -15,16 +15,29 @@ namespace {
 thread_local Scratch scratch;
 
 template <typename E>
-const E* pair(const void* base, const int64_t (&stride)[3], int64_t b, int64_t h) {
-  return static_cast<const E*>(base) + b * stride[0] + h * stride[1];
+Rows<const E> pair(const void* base, const int64_t (&stride)[3], int64_t b, int64_t h) {
+  return {static_cast<const E*>(base) + b * stride[0] + h * stride[1], stride[2]};
 }
 
 template <typename E>
-E* pair(void* base, const int64_t (&stride)[3], int64_t b, int64_t h) {
-  return static_cast<E*>(base) + b * stride[0] + h * stride[1];
+Rows<E> pair(void* base, const int64_t (&stride)[3], int64_t b, int64_t h) {
+  return {static_cast<E*>(base) + b * stride[0] + h * stride[1], stride[2]};
 }
 
-// Sets up scratch, the core and the position term, then runs body(core, term, b, h, first attention element) on each pair.
+template <typename E>
+AttentionInputs<E> inputs(const MhcaAttentionParams& p, int64_t u) {
+  const int64_t h = u / p.B, b = u % p.B;
+  return {pair<E>(p.q, p.q_stride, b, h), pair<E>(p.k, p.k_stride, b, h), pair<E>(p.v, p.v_stride, b, h)};
+}
+
+template <typename E>
+AttentionGradInputs<E> grad_inputs(const MhcaAttentionGradParams& g, int64_t u) {
+  const int64_t h = u / g.forward.B, b = u % g.forward.B;
+  return {inputs<E>(g.forward, u), pair<E>(static_cast<const void*>(g.forward.out), g.forward.out_stride, b, h),
+          pair<E>(g.grad_out, g.grad_out_stride, b, h)};
+}
+
+// Sets up scratch, the core and the position term, then runs body(core, term, unit, next unit, b, h) on each pair.
 template <typename E, typename Body>
 void for_each_pair(const MhcaAttentionParams& p, bool backward, int64_t begin, int64_t end, Body&& body) {
   using T = Compute<E>;
@@ -44,33 +57,30 @@ void for_each_pair(const MhcaAttentionParams& p, bool backward, int64_t begin, i
     const int64_t h = u / p.B, b = u % p.B;
     if (h != head) term.set_head(h, alpha[h], center[2 * h], center[2 * h + 1]);
     head = h;
-    body(core, term, b, h, static_cast<uint64_t>(b * p.H + h) * p.N * p.N);
+    body(core, term, u, u + 1 < end ? u + 1 : u, b, h);
   }
 }
 
 template <typename E>
 void forward(const MhcaAttentionParams& p, int64_t begin, int64_t end) {
-  using T = Compute<E>;
-  for_each_pair<E>(p, false, begin, end, [&](auto& core, auto& term, int64_t b, int64_t h, uint64_t first_element) {
-    core.forward(pair<E>(p.q, p.q_stride, b, h), p.q_stride[2], pair<E>(p.k, p.k_stride, b, h), p.k_stride[2],
-                 pair<E>(p.v, p.v_stride, b, h), p.v_stride[2], pair<E>(p.out, p.out_stride, b, h), p.out_stride[2],
-                 static_cast<T*>(p.lse) + (b * p.H + h) * p.N, first_element, term);
+  for_each_pair<E>(p, false, begin, end, [&](auto& core, auto& term, int64_t u, int64_t next, int64_t b, int64_t h) {
+    const int64_t pair_index = b * p.H + h;
+    core.forward(inputs<E>(p, u), inputs<E>(p, next), pair<E>(p.out, p.out_stride, b, h),
+                 static_cast<Compute<E>*>(p.lse) + pair_index * p.N, static_cast<uint64_t>(pair_index) * p.N * p.N, term);
   });
 }
 
 template <typename E>
 void backward(const MhcaAttentionGradParams& g, int64_t begin, int64_t end) {
-  using T = Compute<E>;
   const MhcaAttentionParams& p = g.forward;
-  for_each_pair<E>(p, true, begin, end, [&](auto& core, auto& term, int64_t b, int64_t h, uint64_t first_element) {
+  for_each_pair<E>(p, true, begin, end, [&](auto& core, auto& term, int64_t u, int64_t next, int64_t b, int64_t h) {
+    const int64_t pair_index = b * p.H + h;
+    const AttentionGrads<E> grads{pair<E>(g.grad_q, g.grad_q_stride, b, h), pair<E>(g.grad_k, g.grad_k_stride, b, h),
+                                  pair<E>(g.grad_v, g.grad_v_stride, b, h)};
     term.clear_gradient();
-    core.backward(pair<E>(p.q, p.q_stride, b, h), p.q_stride[2], pair<E>(p.k, p.k_stride, b, h), p.k_stride[2],
-                  pair<E>(p.v, p.v_stride, b, h), p.v_stride[2], pair<E>(static_cast<const void*>(p.out), p.out_stride, b, h),
-                  p.out_stride[2], pair<E>(g.grad_out, g.grad_out_stride, b, h), g.grad_out_stride[2],
-                  static_cast<const T*>(p.lse) + (b * p.H + h) * p.N, pair<E>(g.grad_q, g.grad_q_stride, b, h),
-                  g.grad_q_stride[2], pair<E>(g.grad_k, g.grad_k_stride, b, h), g.grad_k_stride[2],
-                  pair<E>(g.grad_v, g.grad_v_stride, b, h), g.grad_v_stride[2], first_element, term);
-    term.gradient(g.grad_position + (b * p.H + h) * 3);
+    core.backward(grad_inputs<E>(g, u), grad_inputs<E>(g, next), static_cast<const Compute<E>*>(p.lse) + pair_index * p.N,
+                  grads, static_cast<uint64_t>(pair_index) * p.N * p.N, term);
+    term.gradient(g.grad_position + pair_index * 3);
   });
 }
 

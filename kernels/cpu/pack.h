@@ -32,37 +32,121 @@ inline int64_t round_to_lanes(int64_t n) {
   return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
-// src (n, D) with stride -> dst (n, padded), zero beyond D.
-template <typename E, typename T>
-inline void pack_rows(T* dst, int64_t padded, const E* src, int64_t stride, int64_t n, int64_t D) {
-  for (int64_t i = 0; i < n; ++i) {
-    T* row = dst + i * padded;
-    for (int64_t d = 0; d < D; ++d) row[d] = load_float(src + i * stride + d);
-    for (int64_t d = D; d < padded; ++d) row[d] = 0;
+// Rows of a tensor; the stride is in elements.
+template <typename E>
+struct Rows {
+  E* p;
+  int64_t stride;
+  E* row(int64_t i) const { return p + i * stride; }
+};
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <typename E>
+inline void prefetch_rows(Rows<E> x, int64_t begin, int64_t end, int64_t D) {
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t byte = 0; byte < D * static_cast<int64_t>(sizeof(E)); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(x.row(i)) + byte, 0, 2);
+}
+
+// One vector of stored elements in the compute type, and back.
+template <typename E>
+inline Vec<Compute<E>> load_row(const E* p) {
+  Vec<Compute<E>> x;
+  if constexpr (sizeof(E) == sizeof(Compute<E>)) {
+    std::memcpy(&x, p, sizeof(x));
+  } else {
+    Compute<E> lanes[kLanes<Compute<E>>];
+    for (int l = 0; l < kLanes<Compute<E>>; ++l) lanes[l] = load_float(p + l);
+    std::memcpy(&x, lanes, sizeof(x));
+  }
+  return x;
+}
+
+template <typename E>
+inline void store_row(E* p, Vec<Compute<E>> x) {
+  if constexpr (sizeof(E) == sizeof(Compute<E>)) {
+    std::memcpy(p, &x, sizeof(x));
+  } else {
+    Compute<E> lanes[kLanes<Compute<E>>];
+    std::memcpy(lanes, &x, sizeof(x));
+    for (int l = 0; l < kLanes<Compute<E>>; ++l) store_float(p + l, lanes[l]);
   }
 }
 
-// src (n, D) with stride -> dst (n / lanes, D, lanes): each vector holds one column of `lanes` rows, zero beyond n.
-template <typename E, typename T>
-inline void pack_columns(T* dst, const E* src, int64_t stride, int64_t n, int64_t D) {
-  constexpr int W = kLanes<T>;
-  int64_t j = 0;
-  for (; j + W <= n; j += W)
-    for (int64_t d = 0; d < D; ++d) {
-      const E* p = src + j * stride + d;
-      T* out = dst + (j * D + d * W);
-      for (int l = 0; l < W; ++l) out[l] = load_float(p + l * stride);
+// Transposes a square of vectors in place: swaps ever smaller blocks across the diagonal.
+template <typename T, int kHalf = kLanes<T> / 2>
+inline __attribute__((always_inline)) void transpose(Vec<T> (&x)[kLanes<T>]) {
+  if constexpr (kHalf > 0) {
+    using I = typename Simd<T>::ivec;
+    I low, high;
+#pragma GCC unroll 16
+    for (int l = 0; l < kLanes<T>; ++l) {
+      low[l] = l & kHalf ? kLanes<T> + l - kHalf : l;
+      high[l] = l & kHalf ? kLanes<T> + l : l + kHalf;
     }
-  if (j < n)
-    for (int64_t d = 0; d < D; ++d)
-      for (int l = 0; l < W; ++l) dst[j * D + d * W + l] = j + l < n ? load_float(src + (j + l) * stride + d) : T(0);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i)
+      if (!(i & kHalf)) {
+        const Vec<T> a = x[i], b = x[i + kHalf];
+        x[i] = __builtin_shuffle(a, b, low);
+        x[i + kHalf] = __builtin_shuffle(a, b, high);
+      }
+    transpose<T, kHalf / 2>(x);
+  }
 }
 
-// dst (n, D) with stride = src (n, padded) * factor.
+// from (n, D) -> dst (n, padded), zero beyond D.
 template <typename E, typename T>
-inline void unpack_rows(E* dst, int64_t stride, const T* src, int64_t padded, int64_t n, int64_t D, T factor) {
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t d = 0; d < D; ++d) store_float(dst + i * stride + d, src[i * padded + d] * factor);
+inline void pack_rows(T* dst, int64_t padded, Rows<const E> from, int64_t n, int64_t D) {
+  constexpr int W = kLanes<T>;
+  for (int64_t i = 0; i < n; ++i, dst += padded) {
+    const E* src = from.row(i);
+    int64_t d = 0;
+    for (; d + W <= D; d += W) store(dst + d, load_row(src + d));
+    for (; d < padded; ++d) dst[d] = d < D ? load_float(src + d) : T(0);
+  }
+}
+
+// from (n, D) -> dst (n / lanes, D, lanes): each vector holds one column of `lanes` rows, zero beyond n.
+template <typename E, typename T>
+inline void pack_columns(T* dst, Rows<const E> from, int64_t n, int64_t D) {
+  constexpr int W = kLanes<T>;
+  for (int64_t j = 0; j < n; j += W, dst += W * D) {
+    int64_t d = 0;
+    if (j + W <= n)
+      for (; d + W <= D; d += W) {
+        Vec<T> square[W];
+        for (int l = 0; l < W; ++l) square[l] = load_row(from.row(j + l) + d);
+        transpose<T>(square);
+        for (int l = 0; l < W; ++l) store(dst + (d + l) * W, square[l]);
+      }
+    for (; d < D; ++d)
+      for (int l = 0; l < W; ++l) dst[d * W + l] = j + l < n ? load_float(from.row(j + l) + d) : T(0);
+  }
+}
+
+// to (n, D) = src (n, padded) * factor.
+template <typename E, typename T>
+inline void unpack_rows(Rows<E> to, const T* src, int64_t padded, int64_t n, int64_t D, T factor) {
+  constexpr int W = kLanes<T>;
+  for (int64_t i = 0; i < n; ++i, src += padded) {
+    E* dst = to.row(i);
+    int64_t d = 0;
+    for (; d + W <= D; d += W) store_row(dst + d, load(src + d) * factor);
+    for (; d < D; ++d) store_float(dst + d, src[d] * factor);
+  }
+}
+
+template <typename E, typename T>
+inline T dot(const T* a, const E* b, int64_t D) {
+  constexpr int W = kLanes<T>;
+  Vec<T> sum{};
+  int64_t d = 0;
+  for (; d + W <= D; d += W) sum += load(a + d) * load_row(b + d);
+  T rest = 0;
+  for (; d < D; ++d) rest += a[d] * load_float(b + d);
+  return horizontal_sum<T>(sum) + rest;
 }
 
 // Scratch of one thread: grows, is kept for the next call and freed with the thread.

@@ -21,13 +21,16 @@ class RelativePosition {
     uint64_t seed;
   };
 
-  // The masks of a head are kept while they are small; beyond that they are drawn again for every image.
+  // A head's terms and masks are kept for all its images while they fit beside the tensors in the second cache, and are
+  // made again block by block beyond that.
+  static constexpr int64_t kTableBytes = int64_t{3} << 16;
   static constexpr int64_t kMaskTableBytes = int64_t{1} << 20;
 
   static int64_t scratch_bytes(const Geometry& g) {
     const int64_t n = row_length(g);
     return Scratch::padded_bytes<T>(2 * g.grid_h) + Scratch::padded_bytes<T>(2 * g.grid_w + kLanes<T>) +
-           3 * Scratch::padded_bytes<T>(n) + Scratch::padded_bytes<int8_t>(mask_bytes(g));
+           2 * Scratch::padded_bytes<T>(n) + Scratch::padded_bytes<T>(table_length(g)) +
+           Scratch::padded_bytes<int8_t>(mask_bytes(g));
   }
 
   void init(const Geometry& g, Scratch& scratch) {
@@ -35,10 +38,12 @@ class RelativePosition {
     row_table_ = scratch.take<T>(2 * g.grid_h);
     column_table_ = scratch.take<T>(2 * g.grid_w + kLanes<T>);
     const int64_t n = row_length(g);
-    bias_ = scratch.take<T>(n);
     token_row_ = scratch.take<T>(n);
     token_column_ = scratch.take<T>(n);
     mask_ = scratch.take<int8_t>(mask_bytes(g));
+    table_stride_ = round_to_lanes<T>(g.N) + kLanes<T>;
+    table_ = scratch.take<T>(table_length(g));
+    if (!keeps_table(g)) table_ = nullptr;
     threshold_ = dropout_threshold(g.dropout);
     kept_scale_ = static_cast<T>(dropout_scale(g.dropout));
     for (int64_t j = 0; j < n; ++j) {
@@ -64,42 +69,18 @@ class RelativePosition {
       column_table_[x + g.grid_w - 1] = -alpha * (d * d - 2 * center_column * d) * unit;
     }
     head_ = h;
-    if (g.dropout > 0 && keeps_table(g))
+    if (g.dropout > 0 && keeps_masks(g))
       for (int64_t i = g.prefix; i < g.N; ++i) draw(i, mask_ + i * mask_row_bytes(g));
+    if (table_)
+      for (int64_t i = 0; i < g.N; ++i) fill(table_ + i * table_stride_, i, 0, round_to_lanes<T>(g.N));
   }
 
-  // Term of query i against keys [j0, j0 + n), n a whole number of vectors; -infinity from key N on.
-  const T* row(int64_t i, int64_t j0, int64_t n) {
-    const Geometry& g = geometry_;
-    constexpr int W = kLanes<T>;
-    int64_t first = 0;  // key that bias_[0] stands for
-    if (i < g.prefix) {
-      for (int64_t j = 0; j < n; j += W) store(bias_ + j, Vec<T>{});
-      first = j0;
-    } else {
-      const int64_t y = (i - g.prefix) / g.grid_w, x = (i - g.prefix) % g.grid_w;
-      const int64_t end = j0 + n < g.N ? j0 + n : g.N;
-      int64_t key_row = 0;
-      if (j0 < g.prefix) {
-        for (int64_t j = 0; j < g.prefix; ++j) bias_[j] = 0;
-      } else {
-        key_row = (j0 - g.prefix) / g.grid_w;
-        first = g.prefix + key_row * g.grid_w;
-      }
-      const T* columns = column_table_ + (g.grid_w - 1 - x);
-      T* out = bias_ + (g.prefix + key_row * g.grid_w - first);
-      for (; g.prefix + key_row * g.grid_w < end; ++key_row, out += g.grid_w) {
-        const Vec<T> row_part = splat(row_table_[key_row - y + g.grid_h - 1]);
-        for (int64_t c = 0; c < g.grid_w; c += W) store(out + c, row_part + load(columns + c));
-      }
-      if (g.dropout > 0) {
-        const int8_t* keep = mask_row(i) + j0;
-        T* b = bias_ + (j0 - first);
-        for (int64_t j = 0; j < n; j += W) store(b + j, keep_lanes<T>(load(b + j), keep + j));
-      }
-    }
-    for (int64_t j = g.N > j0 ? g.N : j0; j < j0 + n; ++j) bias_[j - first] = -std::numeric_limits<T>::infinity();
-    return bias_ + (j0 - first);
+  // Term of queries [i0, i0 + rows) against keys [j0, j0 + n), -infinity from key N on; n is a whole number of vectors.
+  // Written to block (rows, block_stride), one vector of slack a row, unless the head's table holds it.
+  Rows<const T> terms(int64_t i0, int64_t rows, int64_t j0, int64_t n, T* block, int64_t block_stride) const {
+    if (table_) return {table_ + i0 * table_stride_ + j0, table_stride_};
+    for (int64_t r = 0; r < rows; ++r) fill(block + r * block_stride, i0 + r, j0, n);
+    return {block, block_stride};
   }
 
   void clear_gradient() { sum_square_ = sum_row_ = sum_column_ = 0; }
@@ -145,14 +126,48 @@ class RelativePosition {
   }
 
  private:
-  // A row may begin and end inside a grid row, and is written by whole vectors.
-  static int64_t row_length(const Geometry& g) { return g.N + 2 * (g.grid_w + kLanes<T>); }
+  static bool keeps_table(const Geometry& g) {
+    return g.N * (round_to_lanes<T>(g.N) + kLanes<T>) * static_cast<int64_t>(sizeof(T)) <= kTableBytes;
+  }
+
+  void fill(T* dst, int64_t i, int64_t j0, int64_t n) const {
+    const Geometry& g = geometry_;
+    constexpr int W = kLanes<T>;
+    const int64_t end = j0 + n < g.N ? j0 + n : g.N;
+    const int64_t plain_end = i < g.prefix || end < g.prefix ? end : g.prefix;
+    int64_t j = j0;
+    for (; j < plain_end; j += W) store(dst + (j - j0), Vec<T>{});
+    if (i >= g.prefix) {
+      const int64_t y = (i - g.prefix) / g.grid_w, x = (i - g.prefix) % g.grid_w;
+      const int8_t* keep = g.dropout > 0 ? mask_row(i) : nullptr;
+      j = j0 > g.prefix ? j0 : g.prefix;
+      int64_t key_row = (j - g.prefix) / g.grid_w;
+      int64_t column = (j - g.prefix) % g.grid_w;
+      for (; j < end; j += g.grid_w - column, column = 0, ++key_row) {
+        const Vec<T> row_part = splat(row_table_[key_row - y + g.grid_h - 1]);
+        const T* columns = column_table_ + (g.grid_w - 1 - x) + column;
+        const int64_t count = smaller(g.grid_w - column, end - j);
+        T* out = dst + (j - j0);
+        if (keep)
+          for (int64_t c = 0; c < count; c += W) store(out + c, keep_lanes<T>(row_part + load(columns + c), keep + j + c));
+        else
+          for (int64_t c = 0; c < count; c += W) store(out + c, row_part + load(columns + c));
+      }
+    }
+    for (int64_t t = end; t < j0 + n; ++t) dst[t - j0] = -std::numeric_limits<T>::infinity();
+  }
+
+  static int64_t table_length(const Geometry& g) {
+    return keeps_table(g) ? g.N * (round_to_lanes<T>(g.N) + kLanes<T>) : 0;
+  }
+
+  static int64_t row_length(const Geometry& g) { return g.N + kLanes<T>; }
 
   static int64_t mask_row_bytes(const Geometry& g) { return dropout_row_bytes(g.N); }
-  static bool keeps_table(const Geometry& g) { return g.N * mask_row_bytes(g) <= kMaskTableBytes; }
+  static bool keeps_masks(const Geometry& g) { return g.N * mask_row_bytes(g) <= kMaskTableBytes; }
   static int64_t mask_bytes(const Geometry& g) {
     if (g.dropout <= 0) return 0;
-    return keeps_table(g) ? g.N * mask_row_bytes(g) : mask_row_bytes(g);
+    return keeps_masks(g) ? g.N * mask_row_bytes(g) : mask_row_bytes(g);
   }
 
   uint64_t first_element(int64_t i) const {
@@ -164,7 +179,7 @@ class RelativePosition {
   }
 
   const int8_t* mask_row(int64_t i) const {
-    if (!keeps_table(geometry_)) return draw(i, mask_);
+    if (!keeps_masks(geometry_)) return draw(i, mask_);
     return mask_ + i * mask_row_bytes(geometry_) + (first_element(i) & 3);
   }
 
@@ -174,10 +189,11 @@ class RelativePosition {
   uint32_t threshold_ = 0;
   T* row_table_ = nullptr;     // (2 grid_h - 1) over the row offset
   T* column_table_ = nullptr;  // (2 grid_w - 1) over the column offset
-  T* bias_ = nullptr;
   T* token_row_ = nullptr;     // grid row of each token
   T* token_column_ = nullptr;  // grid column of each token
-  int8_t* mask_ = nullptr;
+  int8_t* mask_ = nullptr;     // a head's dropout masks by rows, or one row
+  T* table_ = nullptr;         // (N, table_stride_), a head's terms, or null
+  int64_t table_stride_ = 0;
   double sum_square_ = 0, sum_row_ = 0, sum_column_ = 0;
 };
 

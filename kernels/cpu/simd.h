@@ -75,29 +75,38 @@ inline Vec<T> keep_lanes(Vec<T> x, const int8_t* bytes) {
 }
 
 template <typename T>
+inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+// Folds the upper half of the lanes onto the lower half until one is left.
+template <typename T, typename Fold, int kHalf = kLanes<T> / 2>
+inline __attribute__((always_inline)) T fold_lanes(Vec<T> x, const Fold& fold) {
+  if constexpr (kHalf == 0) {
+    return x[0];
+  } else {
+    typename Simd<T>::ivec other;
+#pragma GCC unroll 16
+    for (int l = 0; l < kLanes<T>; ++l) other[l] = l ^ kHalf;
+    return fold_lanes<T, Fold, kHalf / 2>(fold(x, __builtin_shuffle(x, other)), fold);
+  }
+}
+
+template <typename T>
 inline T horizontal_sum(Vec<T> x) {
-  T lanes[kLanes<T>];
-  std::memcpy(lanes, &x, sizeof(x));
-  for (int width = kLanes<T> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+  return fold_lanes<T>(x, [](Vec<T> a, Vec<T> b) { return a + b; });
 }
 
 template <typename T>
 inline T horizontal_max(Vec<T> x) {
-  T best = x[0];
-  for (int i = 1; i < kLanes<T>; ++i) best = x[i] > best ? x[i] : best;
-  return best;
-}
-
-template <typename T>
-inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
-  return a > b ? a : b;
+  return fold_lanes<T>(x, [](Vec<T> a, Vec<T> b) { return maximum<T>(a, b); });
 }
 
 // 2^x, relative error below 2e-7; 0 below the normal range; NaN stays NaN. For x up to 127.
 inline Vec<float> exp2_vec(Vec<float> x) {
   using I = Simd<float>::ivec;
+  const Vec<float> lowest = splat(-127.0f);  // its power below is 0
+  x = lowest > x ? lowest : x;
   const Vec<float> rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec<float> shifted = x + rounder;
   const Vec<float> f = x - (shifted - rounder);
@@ -107,7 +116,7 @@ inline Vec<float> exp2_vec(Vec<float> x) {
   p = p * f + 0.6931469671f;
   p = p * f + 1.000000072f;
   const Vec<float> power = (Vec<float>)(((I)shifted << 23) + 0x3f800000);
-  return x < -126.0f ? Vec<float>{} : p * power;
+  return p * power;
 }
 
 inline Vec<double> exp2_vec(Vec<double> x) {
