@@ -26,8 +26,8 @@ class DearKDOptions(MethodOptions):
         stage_two: "ce" is Eq. 7, the cross-entropy alone; "ramp" is Eq. 6 with beta 0 and alpha rising linearly to 1,
             which App. C uses for 300 epochs.
         student_blocks: blocks whose content tokens are aligned (ours: spread over the MHCA blocks).
-        teacher_stages: for each of these blocks the index of the teacher's stage in its `feature_info` (ours; 1, 2 and 3
-            are the first three stages behind the stem of a RegNet or a ResNet).
+        teacher_stages: for each of these blocks the index of the teacher's stage in its `feature_info` (ours: the three
+            stages behind the stem of a RegNet or a ResNet).
     """
 
     teacher: str = ""
@@ -53,8 +53,9 @@ def teacher_outputs(teacher: nn.Module, images: Tensor, stages: Iterable[int] = 
 class DearKD(Method):
     """Two stages of training a vision transformer with a CNN teacher.
 
-    Stage I, Eq. 6: L = alpha CE(cls, y) + (1 - alpha) CE(pooled, argmax teacher) + beta mean_pairs MSE(aligner(H_S), H_T),
-    where `pooled` is the student's head on its mean content token. Stage II: Eq. 7, or App. C's variant.
+    Stage I, Eq. 6: L = alpha CE(cls, y) + (1 - alpha) CE(pooled, argmax teacher) + beta MSE(aligner(H_S), H_T), where
+    `pooled` is the student's head on its mean content token and the last term is averaged over the pairs of student
+    block and teacher stage. Stage II: L = CE(cls, y) (Eq. 7), or App. C's variant.
     """
 
     Options = DearKDOptions

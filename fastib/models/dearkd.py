@@ -16,7 +16,7 @@ class DearKDVisionTransformer(VisionTransformer):
     """timm's VisionTransformer whose first blocks attend with a learned relative position bias (`fastib.nn.MHCA`).
 
     The class token takes part in every attention with a position bias of zero. Any image size, patch size, number of
-    channels, width and depth is accepted; `set_input_size` and `dynamic_img_size` move the patch grid of the bias along.
+    channels, width and depth is accepted; `set_input_size` and `dynamic_img_size` move the bias's patch grid along.
 
     Args:
         mhca_depth: number of leading blocks with MHCA; None gives two thirds of `depth`, the paper's 8 of 12.
@@ -78,14 +78,10 @@ def distillation_outputs(
         tokens: per block its content tokens (B, gh*gw, embed_dim), before the final norm.
     """
     order = sorted(set(blocks))
-    features, intermediates = (
-        vit.forward_intermediates(images, indices=order, output_fmt="NLC")
-        if order
-        else (
-            vit.forward_features(images),
-            [],
-        )
-    )
+    if order:
+        features, intermediates = vit.forward_intermediates(images, indices=order, output_fmt="NLC")
+    else:
+        features, intermediates = vit.forward_features(images), []
     pooled = vit.fc_norm(features[:, vit.num_prefix_tokens :].mean(dim=1))
     return vit.forward_head(features), vit.head(vit.head_drop(pooled)), dict(zip(order, intermediates, strict=True))
 
