@@ -25,9 +25,17 @@ class Op:
 
     def __init__(self, name: str, gpu: str):
         self.name, self.gpu = name, gpu
-        self.cpu_default = "cpu" if _native.lib_available() else "reference"
+        self.cpu_default = "cpu" if self._why_no_cpu_code() is None else "reference"
         self.gpu_default = gpu if self._why_no_gpu_code() is None else "reference"
         OPS[name] = self
+
+    def _has_kernel(self, key: str) -> bool:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastib::{self.name}", key)
+
+    def _why_no_cpu_code(self) -> str | None:
+        if not _native.lib_available():
+            return _native.why_not()
+        return None if self._has_kernel("CPU") else "the compiled library is older than this operator; build it again"
 
     def _why_no_gpu_code(self) -> str | None:
         if self.gpu == "triton":
@@ -35,15 +43,14 @@ class Op:
             return "triton is not installed; `pip install triton`" if missing else None
         if not _native.lib_available():
             return _native.why_not()
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastib::{self.name}", "CUDA")
-        return None if has_kernel else "the native library was built without CUDA; install nvcc and build again"
+        return None if self._has_kernel("CUDA") else "the compiled library has no CUDA; install nvcc and build it again"
 
     def why_not(self, backend: str) -> str | None:
         """Why this machine cannot run the backend; None where it can. Asks for a GPU, so never called at import."""
         if backend == "reference":
             return None
         if backend == "cpu":
-            return None if _native.lib_available() else _native.why_not()
+            return self._why_no_cpu_code()
         if backend != self.gpu:
             return f"the GPU implementation of {self.name} is {self.gpu!r}"
         if not torch.cuda.is_available():
@@ -86,7 +93,7 @@ def register(name: str, schema: str, fake: Callable, triton: str | None = None) 
     The schema is defined here only where the native library has not done so. `triton` names the launcher in
     `fastib.kernels.triton.<op>` that is its CUDA kernel, as "module.function"; it is imported at the first call.
     """
-    if not hasattr(torch.ops.fastib, name):
+    if not (_native.lib_available() and hasattr(torch.ops.fastib, name)):
         LIBRARY.define(name + schema)
     torch.library.register_fake(f"fastib::{name}", fake, lib=LIBRARY)
     if triton is not None:
@@ -116,8 +123,8 @@ def below_autograd() -> Any:
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the autocast dtype where autocast is on; float64 stays, as in PyTorch."""
-    device = tensors[0].device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    device = "cpu" if tensors[0].is_cpu else "cuda"
+    if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype) for t in tensors)
