@@ -1,0 +1,1 @@
+"""Triton kernels and their launch functions: no autograd and no registration here."""
