@@ -1,0 +1,7 @@
+"""Modules around the operators, and parts that methods add to models while they train."""
+
+from fastib.nn.aligner import Aligner
+from fastib.nn.convert import apply_mhca
+from fastib.nn.mhca import MHCA
+
+__all__ = ["MHCA", "Aligner", "apply_mhca"]
