@@ -20,7 +20,8 @@ TEST_IMAGES = 360
 class Digits(Dataset):
     """Some of the digits as tensors, read and augmented a batch at a time.
 
-    Each image is resampled once, bilinearly, to `size`; in training through a random rotation, zoom and shift.
+    Each image is resampled once to `size`, in training through a random rotation, zoom and shift. Bicubic: at 8 x 8
+    pixels a bilinear kernel blurs so much that a model trained on augmented images does not know the sharp ones.
 
     Args:
         indices: which of the 1797 images.
@@ -57,7 +58,7 @@ class Digits(Dataset):
             draws = torch.stack([self.draws(e)[p] for e, p in zip(epochs, positions, strict=True)])
             theta = affine(draws, *self.augment)
         grid = F.affine_grid(theta, [len(keys), 1, self.size, self.size], align_corners=False)
-        images = F.grid_sample(images, grid, align_corners=False)
+        images = F.grid_sample(images, grid, mode="bicubic", align_corners=False)
         images = (images.expand(-1, self.channels, -1, -1) - self.mean) / self.std
         return images, self.labels[list(indices)]
 

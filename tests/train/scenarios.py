@@ -1,0 +1,85 @@
+"""Runs that must live in a process of their own: those that are killed, and those of several processes."""
+
+import os
+import signal
+import sys
+
+import torch
+from safetensors.torch import save_file
+
+from fastib.train import checkpoint
+from fastib.train.config import read_config
+from fastib.train.loop import Trainer, train
+
+
+def kill_in_step(config: str, step: str) -> None:
+    """SIGKILL in the middle of the step after `step` completed ones."""
+    _during_step(int(step), signal.SIGKILL)
+    train(read_config(config))
+
+
+def terminate_in_step(config: str, step: str) -> None:
+    """SIGTERM in the middle of a step, as a scheduler sends it."""
+    from fastib.train.cli import main
+
+    _during_step(int(step), signal.SIGTERM)
+    sys.exit(main(["train", "plain", "--recipe", config]))
+
+
+def kill_in_checkpoint(config: str, count: str) -> None:
+    """SIGKILL when half of the tensor file number `count` has been written."""
+    original, left = checkpoint.write_tensors, [int(count)]
+
+    def write(path, tensors, metadata=None):
+        original(path, tensors, metadata)
+        left[0] -= 1
+        if left[0] == 0:
+            data = path.read_bytes()
+            path.write_bytes(data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.write_tensors = write
+    train(read_config(config))
+
+
+def gradients(config: str, target: str) -> None:
+    """Write the gradients of the first step, and the trained weights, from process 0."""
+    trainer = Trainer(read_config(config))
+    save = first_gradients(trainer)
+    trainer.fit()
+    if trainer.rank == 0:
+        save_file(save, target)
+
+
+def first_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """A dict that fills with the gradients of the first optimizer step."""
+    found: dict[str, torch.Tensor] = {}
+    step = trainer.optimizer.step
+
+    def spy(*args, **kwargs):
+        if trainer.accelerator.sync_gradients and not found:
+            found.update({name: p.grad.clone() for name, p in trainer.method.named_parameters()})
+        return step(*args, **kwargs)
+
+    trainer.optimizer.step = spy
+    return found
+
+
+def _during_step(step: int, signum: int) -> None:
+    original = Trainer._train_step
+
+    def train_step(self, batches):
+        if self.step == step:
+            os.kill(os.getpid(), signum)
+        return original(self, batches)
+
+    Trainer._train_step = train_step
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]](*sys.argv[2:])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
