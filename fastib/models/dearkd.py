@@ -38,6 +38,13 @@ class DearKDVisionTransformer(VisionTransformer):
         self.mhca_depth = mhca_depth
         apply_mhca(self, blocks=range(mhca_depth), rpe_drop=rpe_drop_rate)
 
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """timm's initialisation, and the position bias back at its start."""
+        super().init_weights(mode, needs_reset=needs_reset)
+        for block in self.blocks:
+            if isinstance(block.attn, MHCA):
+                block.attn.reset_position()
+
     def _set_grid(self, grid_size: tuple[int, int]) -> None:
         for block in self.blocks:
             if isinstance(block.attn, MHCA):

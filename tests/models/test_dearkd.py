@@ -64,7 +64,7 @@ def test_defaults_of_the_paper():
         model = timm.create_model("dearkd_tiny_patch16_224")
         assert timm.create_model("dearkd_tiny_patch16_224", depth=6).mhca_depth == 4
     attention = model.blocks[0].attn
-    assert attention.rpe_drop == 0.1 and attention.num_prefix_tokens == 1 and tuple(attention.grid_size) == (14, 14)
+    assert attention.rpe_drop.p == 0.1 and attention.num_prefix_tokens == 1 and tuple(attention.grid_size) == (14, 14)
 
 
 def attention_maps(model: DearKDVisionTransformer, block: int) -> torch.Tensor:
@@ -116,6 +116,17 @@ def test_centers_start_on_a_grid_of_neighbours():
     attention = small().blocks[0].attn
     assert sorted(map(tuple, attention.center.tolist())) == [(r, c) for r in (-1, 0, 1) for c in (-1, 0, 1)]
     assert (attention.alpha > 0).all()
+
+
+def test_weights_can_be_initialised_anew():
+    model = shaken(small())
+    torch.manual_seed(4)
+    model.init_weights()
+    fresh = small().double()
+    for name, parameter in model.named_parameters():
+        if name.endswith((".alpha", ".center")):
+            torch.testing.assert_close(parameter, fresh.get_parameter(name), rtol=0, atol=0)
+    assert 0.01 < model.blocks[0].attn.qkv.weight.std() < 0.03 and model.blocks[0].attn.qkv.bias.abs().max() == 0
 
 
 def test_alpha_zero_is_the_plain_vision_transformer():
@@ -246,7 +257,7 @@ def test_no_weight_decay_for_embeddings_and_the_position_bias():
     names = model.no_weight_decay()
     bias = {f"blocks.{i}.attn.{name}" for i in (0, 1) for name in ("alpha", "center")}
     assert {"pos_embed", "cls_token"} | bias <= names
-    free, decayed = param_groups_weight_decay(model, 0.05, names)
+    free, decayed = param_groups_weight_decay(model, weight_decay=0.05, no_weight_decay_list=names)
     by_id = {id(p): name for name, p in model.named_parameters()}
     assert free["weight_decay"] == 0 and bias <= {by_id[id(p)] for p in free["params"]}
     assert not any(
