@@ -89,8 +89,11 @@ def relative_error(result: Tensor, reference: Tensor) -> float:
     return error.item() if torch.isfinite(error) else math.inf
 
 
-def check(peer: Peer, results: Sequence[Tensor], reference: Sequence[Tensor], names: Sequence[str], tolerance: float) -> Measurement:
-    """The correctness gate: a Measurement whose status says whether this peer may be timed."""
+def check(peer: Peer, results: Sequence[Tensor], reference: Sequence[Tensor], allowed: dict[str, float]) -> Measurement:
+    """The correctness gate: a Measurement whose status says whether this peer may be timed.
+
+    allowed: name of each result, in order, and the largest `relative_error` it may have.
+    """
     seen = Measurement(note=peer.note)
     if not peer.gated:
         if not all(torch.isfinite(result).all() for result in results):
@@ -102,10 +105,11 @@ def check(peer: Peer, results: Sequence[Tensor], reference: Sequence[Tensor], na
     seen.errors = [relative_error(result, expected) for result, expected in zip(results, reference, strict=True)]
     if results[0].shape == reference[0].shape and results[0].numel():
         seen.max_error = (results[0].detach().double() - reference[0].double()).abs().max().item()
-    worst = max(range(len(seen.errors)), key=seen.errors.__getitem__)
-    if not seen.errors[worst] <= tolerance:
+    excess = {name: error / allowed[name] for name, error in zip(allowed, seen.errors, strict=False)}
+    worst = max(excess, key=excess.__getitem__)
+    if not excess[worst] <= 1:
         seen.status = "wrong"
-        seen.reason = f"error of {names[worst]} {seen.errors[worst]:.1e}, allowed {tolerance:.0e}"
+        seen.reason = f"error of {worst} {excess[worst] * allowed[worst]:.1e}, allowed {allowed[worst]:.0e}"
     return seen
 
 
@@ -117,14 +121,14 @@ def one_line(error: BaseException) -> str:
 
 
 def admit(
-    peers: Sequence[Peer], reference: Sequence[Tensor], names: Sequence[str], tolerance: float
+    peers: Sequence[Peer], reference: Sequence[Tensor], allowed: dict[str, float]
 ) -> tuple[dict[str, Step], dict[str, Measurement]]:
     """Builds and checks every peer; returns the steps that may be timed and a Measurement for each peer."""
     steps, seen = {}, {}
     for peer in peers:
         try:
             step = peer.build()
-            seen[peer.name] = check(peer, step(True), reference, names, tolerance)
+            seen[peer.name] = check(peer, step(True), reference, allowed)
         except Exception as error:
             # Whatever a peer throws is this peer's result: the others are still measured.
             reason = one_line(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {one_line(error)}"
@@ -146,21 +150,30 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Round-robin timing: each round times every step once, and the order turns by one place a round.
 
-    Rounds are as many as fit `seconds`, within the limits, and the same for all. Returns milliseconds per step.
+    Rounds are as many as fit `seconds`, within the limits. A step that alone would take more than half of `seconds` in
+    `min_rounds` is timed in three rounds only. Returns milliseconds per step.
     """
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    if not steps:
-        return samples
+    first = {name: timer(step) for name, step in steps.items()}
+    slow = {name for name, duration in first.items() if duration * min_rounds > 500 * seconds}
     order = list(steps)
-    for _ in range(warmup):
+    for _ in range(warmup - 1):
         for name in order:
-            timer(steps[name])
+            if name not in slow:
+                timer(steps[name])
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         start, done = time.perf_counter(), 0
-        while done < max_rounds and (done < min_rounds or time.perf_counter() - start < seconds * done / (done + 1)):
+        while order and done < max_rounds:
+            if done >= min_rounds and time.perf_counter() - start > seconds * done / (done + 1):
+                break
+            if done == 3:
+                order = [name for name in order if name not in slow]
+                start = time.perf_counter()
+                if not order:
+                    break
             turn = done % len(order)
             for name in order[turn:] + order[:turn]:
                 samples[name].append(timer(steps[name]))

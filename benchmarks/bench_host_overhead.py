@@ -1,0 +1,110 @@
+"""What a call costs the host: forward and backward on tensors so small that no kernel has anything to do."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.harness import REPLAY, Peer, Step, Unavailable
+from benchmarks.house import Goal, Job
+from benchmarks.peers.mhca_attention import Case, Inputs, allowed, fastib_step, reference
+
+CALLS = 200
+HOST_GOAL_US = 30.0
+
+
+def per_call(device: str):
+    """A timer: milliseconds of one of many calls, the device not waited for."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    calls = 50 if device == "cuda" else CALLS
+
+    def timer(step: Step) -> float:
+        wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            step(False)
+        spent = time.perf_counter() - start
+        wait()
+        return spent * 1e3 / calls
+
+    return timer
+
+
+def native_step(inputs: Inputs) -> Step:
+    """Both native operators called directly: what is left without argument checks and autograd."""
+    import fastib.ops  # registers the operators
+
+    if inputs.case.device == "cpu":
+        from fastib._native import lib_available, why_not
+
+        if not lib_available():
+            raise Unavailable(why_not())
+    leaves = [leaf.detach() for leaf in inputs.leaves]
+    rest = (None, inputs.case.grid, inputs.case.grid, 1, inputs.case.D**-0.5, 0.0, 0.0)
+    namespace = torch.ops.fastib
+
+    def step(checking: bool):
+        out, lse = namespace.mhca_attention(*leaves, *rest)
+        return (out, *namespace.mhca_attention_backward(inputs.grad_out, *leaves, out, lse, *rest))
+
+    return step
+
+
+def sdpa_step(inputs: Inputs, masked: bool) -> Step:
+    """Eager scaled_dot_product_attention, with a ready-made constant mask or without."""
+    leaves = inputs.leaves[:3]
+    mask = torch.zeros(1, inputs.case.H, inputs.case.N, inputs.case.N, device=inputs.case.device) if masked else None
+
+    def step(checking: bool):
+        out = F.scaled_dot_product_attention(*leaves, attn_mask=mask)
+        return (out.detach(), *torch.autograd.grad(out, leaves, inputs.grad_out))
+
+    return step
+
+
+def make_job(device: str, backend: str | None) -> Job:
+    case = Case(1, 1, 1, 8, "float32", "train", device=device)
+    inputs = Inputs(case)
+    return Job(
+        key=f"{device}-host",
+        op="mhca_attention",
+        mode="host",
+        device=device,
+        describe={
+            "shape": {"B": case.B, "H": case.H, "N": case.N, "D": case.D},
+            "dtype": case.dtype,
+            "backend": backend or "auto",
+        },
+        peers=[
+            Peer("fastib", lambda: fastib_step(inputs, backend)),
+            Peer("fastib operators alone", lambda: native_step(inputs), note="no checks, no autograd"),
+            Peer("sdpa no bias", lambda: sdpa_step(inputs, False), gated=False, note="gradients to q, k, v"),
+            Peer("sdpa constant mask", lambda: sdpa_step(inputs, True), gated=False, note="gradients to q, k, v"),
+        ],
+        reference=lambda: reference(inputs),
+        allowed=allowed(case.dtype),
+        goals=(Goal(HOST_GOAL_US * 1e-3, ()),),
+        seconds=3.0,
+        min_rounds=9,
+        memory=False,
+        timer=per_call(device),
+        release=inputs.release,
+    )
+
+
+def pytest_generate_tests(metafunc):
+    device = metafunc.config.getoption("--bench-device")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    job = make_job(device, metafunc.config.getoption("--bench-backend"))
+    metafunc.parametrize(
+        ("job", "peer"), [pytest.param(job, p.name, id=f"{job.key}-{p.name.replace(' ', '_')}") for p in job.peers]
+    )
+
+
+@pytest.mark.benchmark(timer=REPLAY.now)
+def test_host_overhead(job, peer, run_peer):
+    run_peer(job, peer)

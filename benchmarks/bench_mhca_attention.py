@@ -1,0 +1,104 @@
+"""`mhca_attention` against eager code, torch.compile, scaled_dot_product_attention and FlexAttention."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from benchmarks.harness import REPLAY
+from benchmarks.house import Goal, Job
+from benchmarks.peers.mhca_attention import Case, Inputs, allowed, peers, reference
+
+OP = "mhca_attention"
+CPU_SHAPES = ((32, 12, 14, 16), (32, 12, 14, 32), (16, 16, 14, 48))  # B, H, side of the grid, D
+CUDA_SHAPES = tuple((256, heads, grid, dim) for grid in (14, 24) for heads, dim in ((12, 32), (12, 16), (16, 48)))
+MEMORY_SHAPES = tuple((1, 12, grid, 16) for grid in (14, 28, 56))
+MODES = (("train", 0.0), ("train", 0.1), ("forward", 0.0))
+
+
+def cases(device: str, layout: str = "dense") -> list[Case]:
+    """The rows of the table, the most telling ones first."""
+    if device == "cuda":
+        timed = [
+            Case(*shape, "bfloat16", mode, drop, device, layout)
+            for grid in (14, 24)
+            for mode, drop in MODES
+            for shape in CUDA_SHAPES
+            if shape[2] == grid
+        ]
+    else:
+        timed = [
+            Case(*shape, dtype, mode, drop, device, layout)
+            for shape, dtype, (mode, drop) in itertools.product(CPU_SHAPES, ("float32", "bfloat16"), MODES)
+        ]
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    return timed + [Case(*shape, dtype, "memory", 0.0, device, layout) for shape in MEMORY_SHAPES]
+
+
+def goals(case: Case) -> tuple[Goal, ...]:
+    """What the operator is meant to reach, as a bound on our time over a peer's."""
+    if case.mode == "memory":
+        return ()
+    if case.device == "cuda":
+        return (Goal(1.0, ("sdpa no bias flash",)), Goal(0.5, ("flex",)))
+    if case.mode == "forward":
+        return (Goal(0.85, ("sdpa mask", "sdpa mask compiled")),) if case.dtype == "float32" else ()
+    if case.dtype == "float32":
+        return (Goal(0.85 if case.rpe_dropout else 0.75, ("sdpa no bias",)),)
+    own_float32 = Case(**{**vars(case), "dtype": "float32"}).key
+    return (
+        Goal(0.45, ("eager", "eager low", "sdpa no bias")),
+        Goal(1.0, ("fastib",), case=own_float32),
+    )
+
+
+def make_job(case: Case, backend: str | None, quick: bool) -> Job:
+    """A case with its peers; the large ones of the memory table and quick runs go without compiled peers."""
+    inputs = Inputs(case)
+    chosen = peers(inputs, backend)
+    if quick or case.mode == "memory":
+        chosen = [peer for peer in chosen if "compiled" not in peer.name and peer.name != "flex"]
+    return Job(
+        key=case.key,
+        op=OP,
+        mode=case.mode,
+        device=case.device,
+        describe={
+            "shape": {"B": case.B, "H": case.H, "N": case.N, "D": case.D},
+            "dtype": case.dtype,
+            "rpe_dropout": case.rpe_dropout,
+            "layout": case.layout,
+            "backend": backend or "auto",
+        },
+        peers=chosen,
+        reference=lambda: reference(inputs),
+        allowed=allowed(case.dtype, case.trains),
+        flops=case.flops(),
+        bytes=case.bytes(),
+        goals=goals(case),
+        release=inputs.release,
+        **({"seconds": 3.0, "min_rounds": 3, "max_rounds": 10} if case.mode == "memory" else {}),
+        **({"seconds": 2.0} if case.device == "cuda" and case.mode != "memory" else {}),
+    )
+
+
+def pytest_generate_tests(metafunc):
+    config = metafunc.config
+    device = config.getoption("--bench-device")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    jobs = [
+        make_job(case, config.getoption("--bench-backend"), config.getoption("--quick"))
+        for case in cases(device, config.getoption("--bench-layout"))
+    ]
+    metafunc.parametrize(
+        ("job", "peer"),
+        [pytest.param(job, p.name, id=f"{job.key}-{p.name.replace(' ', '_')}") for job in jobs for p in job.peers],
+    )
+
+
+@pytest.mark.benchmark(timer=REPLAY.now)
+def test_mhca_attention(job, peer, run_peer):
+    run_peer(job, peer)

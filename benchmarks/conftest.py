@@ -1,0 +1,81 @@
+"""Options, the session's house, and the collection of bench_*.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+from benchmarks.harness import Unavailable
+from benchmarks.house import House, Options
+from benchmarks.report import render
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("fastib benchmarks")
+    group.addoption("--quick", action="store_true", help="few rounds per case, and no compiled peers")
+    group.addoption("--bench-seconds", type=float, help="seconds of timing per case")
+    group.addoption("--bench-budget", type=float, help="seconds after which no further case is begun")
+    group.addoption("--bench-device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it is")
+    group.addoption("--bench-backend", help="backend of our operators, their own choice by default")
+    group.addoption("--bench-layout", choices=("dense", "packed"), default="dense", help="memory layout of q, k, v")
+    group.addoption("--bench-results", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+
+
+def pytest_collect_file(file_path, parent):
+    patterns = parent.config.getini("python_files")
+    if file_path.match("bench_*.py") and not any(file_path.match(pattern) for pattern in patterns):
+        return pytest.Module.from_parent(parent, path=file_path)
+    return None
+
+
+def pytest_configure(config):
+    config.fastib_house = House(
+        Options(
+            seconds=config.getoption("--bench-seconds"),
+            budget=config.getoption("--bench-budget"),
+            quick=config.getoption("--quick"),
+            backend=config.getoption("--bench-backend"),
+            results=config.getoption("--bench-results"),
+        )
+    )
+
+
+@pytest.fixture
+def house(request) -> House:
+    return request.config.fastib_house
+
+
+@pytest.fixture
+def run_peer(request, house, benchmark):
+    """run_peer(job, peer): measures the job once with all its selected peers, then shows this peer's part."""
+
+    def run(job, peer):
+        wanted = [
+            item.callspec.params["peer"]
+            for item in request.session.items
+            if hasattr(item, "callspec") and item.callspec.params.get("job") is job
+        ]
+        try:
+            house.measure(job, wanted)
+        except Unavailable as reason:
+            pytest.skip(str(reason))
+        seen = house.replay(benchmark, job, peer)
+        if seen.status == "ok":
+            return
+        if seen.status == "wrong" and peer == job.peers[0].name:
+            pytest.fail(f"{peer}: {seen.reason}")
+        pytest.skip(f"{peer} is {seen.status}: {seen.reason}")
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for path in sorted(config.fastib_house.written):
+        terminalreporter.section(str(path))
+        terminalreporter.write_line(render(path, "text"))
