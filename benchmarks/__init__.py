@@ -1,1 +1,1 @@
-"""Benchmarks of fastib's operators against every peer that runs on this machine: `pytest benchmarks --benchmark-only`."""
+"""Benchmarks of the operators against every peer that runs here: `pytest benchmarks --benchmark-only`."""

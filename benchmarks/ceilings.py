@@ -122,6 +122,7 @@ def measure_ceilings(device: str) -> dict[str, float | str]:
 
 def shares(gflops: float, gbps: float, dtype: str, ceilings: dict[str, float | str]) -> dict[str, float]:
     """Fractions of each ceiling that applies to the element type: of the loop, of the matrix product, of the copy."""
-    loop = "dot_bfloat16" if dtype == "bfloat16" and not isinstance(ceilings.get("dot_bfloat16", ""), str) else "fma_float32"
+    numbers = {name: value for name, value in ceilings.items() if not isinstance(value, str)}
+    loop = "dot_bfloat16" if dtype == "bfloat16" and "dot_bfloat16" in numbers else "fma_float32"
     wanted = {loop: gflops, f"gemm_{dtype}": gflops, "copy": gbps}
-    return {name: rate / ceilings[name] for name, rate in wanted.items() if not isinstance(ceilings.get(name, ""), str)}
+    return {name: rate / numbers[name] for name, rate in wanted.items() if name in numbers}

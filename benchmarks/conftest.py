@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from benchmarks.harness import Unavailable
-from benchmarks.house import House, Options
-from benchmarks.report import render
+from benchmarks.harness import Unavailable  # noqa: E402
+from benchmarks.house import House, Options  # noqa: E402
+from benchmarks.report import render  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -24,12 +24,13 @@ def pytest_addoption(parser):
     group.addoption("--bench-device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it is")
     group.addoption("--bench-backend", help="backend of our operators, their own choice by default")
     group.addoption("--bench-layout", choices=("dense", "packed"), default="dense", help="memory layout of q, k, v")
-    group.addoption("--bench-results", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    group.addoption("--bench-results", type=Path, default=ROOT / "benchmarks" / "results", help="where results go")
 
 
 def pytest_collect_file(file_path, parent):
-    patterns = parent.config.getini("python_files")
-    if file_path.match("bench_*.py") and not any(file_path.match(pattern) for pattern in patterns):
+    # pytest itself takes the files that python_files matches or that the command line names.
+    known = any(file_path.match(pattern) for pattern in parent.config.getini("python_files"))
+    if file_path.match("bench_*.py") and not known and not parent.session.isinitpath(file_path):
         return pytest.Module.from_parent(parent, path=file_path)
     return None
 

@@ -28,8 +28,8 @@ def allocation_peak(events: list[dict]) -> int:
 def peak_extra_bytes(step: Callable[[], object], device: str) -> int:
     """Peak bytes that a step's tensors take beyond those that lived before it.
 
-    On a GPU the caching allocator counts. On the CPU a profiler's trace of torch's allocator does: it sees every tensor,
-    and not the few kilobytes that a library keeps on its threads.
+    On a GPU the caching allocator counts. On the CPU a profiler's trace of torch's allocator does: it sees every tensor
+    that torch allocates, but not what a library takes from the system by itself.
     """
     if device == "cuda":
         torch.cuda.synchronize()

@@ -5,7 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-SHADES = {"eager": "#9aa5b1", "sdpa mask": "#7aa6c2", "sdpa augmented": "#4f86a8", "flex": "#b39ddb", "sdpa no bias": "#d8b26e"}
+SHADES = {
+    "eager": "#9aa5b1",
+    "sdpa mask": "#7aa6c2",
+    "sdpa augmented": "#4f86a8",
+    "flex": "#b39ddb",
+    "sdpa no bias": "#d8b26e",
+}
 
 
 def shade(name: str, ours: str) -> str:

@@ -114,8 +114,9 @@ def memory_rows(cases: dict[str, dict]) -> list[list[str]]:
 
 def ceiling_text(ceilings: dict) -> str:
     """The ceilings in one line; those that could not be measured with the reason."""
+    units = {"copy": "GB/s"}
     return "; ".join(
-        f"{name} {value:.4g} {'GB/s' if name == 'copy' else 'GFLOP/s'}" if not isinstance(value, str) else f"{name}: {value}"
+        f"{name}: {value}" if isinstance(value, str) else f"{name} {value:.4g} {units.get(name, 'GFLOP/s')}"
         for name, value in ceilings.items()
     )
 

@@ -131,7 +131,9 @@ def reference(inputs: Inputs, images: int = 8) -> tuple[Tensor, ...]:
         part = slice(begin, begin + images)
         q, k, v = (leaf.detach()[part].double().requires_grad_(True) for leaf in inputs.leaves[:3])
         seed = inputs.seed if case.rpe_dropout else None
-        out = mhca_attention_ref(q, k, v, alpha, center, (case.grid, case.grid), rpe_dropout=case.rpe_dropout, seed=seed)
+        out = mhca_attention_ref(
+            q, k, v, alpha, center, (case.grid, case.grid), rpe_dropout=case.rpe_dropout, seed=seed
+        )
         grads = ()
         if case.trains:
             grads = torch.autograd.grad(out, (q, k, v, alpha, center), inputs.grad_out[part].double())
