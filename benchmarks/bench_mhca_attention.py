@@ -84,6 +84,11 @@ def make_job(case: Case, backend: str | None, quick: bool) -> Job:
     )
 
 
+def small_job(device: str) -> Job:
+    """A case small enough for a memory checker, with dropout and a grid that fills no tile."""
+    return make_job(Case(2, 3, 5, 24, "bfloat16", "train", 0.1, device), None, quick=True)
+
+
 def pytest_generate_tests(metafunc):
     config = metafunc.config
     device = config.getoption("--bench-device")

@@ -13,7 +13,7 @@ if str(ROOT) not in sys.path:
 
 from benchmarks.harness import Unavailable  # noqa: E402
 from benchmarks.house import House, Options  # noqa: E402
-from benchmarks.report import render  # noqa: E402
+from benchmarks.report import publish  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -76,7 +76,8 @@ def run_peer(request, house, benchmark):
     return run
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
     for path in sorted(config.fastib_house.written):
         terminalreporter.section(str(path))
-        terminalreporter.write_line(render(path, "text"))
+        terminalreporter.write_line(publish(path))

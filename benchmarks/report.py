@@ -192,22 +192,29 @@ def render(path: Path, form: str) -> str:
     return {"text": text, "markdown": markdown}[form](json.loads(path.read_text()))
 
 
+def publish(path: Path, form: str = "text") -> str:
+    """The table of a results file; writes the Markdown table and the picture beside it, as .md and .png."""
+    path.with_suffix(".md").write_text(render(path, "markdown") + "\n")
+    try:
+        from benchmarks.picture import draw
+
+        picture = f"picture: {draw(path)}"
+    except ImportError as error:
+        picture = f"no picture: {error}"
+    return f"{render(path, form)}\n\n{picture}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Tables and pictures of results.")
     parser.add_argument("files", nargs="*", type=Path, help="results; the newest one of benchmarks/results by default")
     parser.add_argument("--format", choices=("text", "markdown"), default="text")
-    parser.add_argument("--no-picture", action="store_true", help="do not draw FILE with the ending .png")
     options = parser.parse_args(arguments)
     newest = sorted(RESULTS.glob("*.json"), key=lambda path: path.stat().st_mtime)[-1:]
     files = options.files or newest
     if not files:
         parser.error(f"no results in {RESULTS}; run `pytest benchmarks --benchmark-only` first")
     for path in files:
-        print(render(path, options.format))
-        if not options.no_picture:
-            from benchmarks.picture import draw
-
-            print(f"picture: {draw(path)}")
+        print(publish(path, options.format))
     return 0
 
 
