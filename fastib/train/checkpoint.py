@@ -51,24 +51,24 @@ def write_text(path: Path, text: str) -> None:
 
 def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split ``optimizer.state_dict()`` into tensors named ``parameter/name`` and what JSON can hold."""
-    tensors, scalars = {}, {}
-    for parameter, values in state["state"].items():
-        for name, value in values.items():
-            key = f"{parameter}/{name}"
-            if isinstance(value, Tensor):
-                tensors[key] = value
-            else:
-                scalars[key] = value
-    return tensors, {"scalars": scalars, "param_groups": state["param_groups"]}
+    groups = {f"group-{i}": group for i, group in enumerate(state["param_groups"])}
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, dict[str, Any]] = {}
+    for owner, values in {**state["state"], **groups}.items():
+        rest[str(owner)] = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+        tensors |= {f"{owner}/{name}": value for name, value in values.items() if isinstance(value, Tensor)}
+    return tensors, rest
 
 
 def unflatten_optimizer(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `flatten_optimizer`; parameters that are numbers get their numbers back."""
-    state: dict[Any, dict[str, Any]] = {}
-    for key, value in {**tensors, **rest["scalars"]}.items():
-        parameter, _, name = key.rpartition("/")
-        state.setdefault(int(parameter) if parameter.isdigit() else parameter, {})[name] = value
-    return {"state": state, "param_groups": rest["param_groups"]}
+    owners = {owner: dict(values) for owner, values in rest.items()}
+    for key, value in tensors.items():
+        owner, _, name = key.rpartition("/")
+        owners[owner][name] = value
+    groups = [owners.pop(f"group-{i}") for i in range(sum(owner.startswith("group-") for owner in owners))]
+    state = {int(owner) if owner.isdigit() else owner: values for owner, values in owners.items()}
+    return {"state": state, "param_groups": groups}
 
 
 class Checkpoints:

@@ -163,23 +163,19 @@ def load_config(
         ConfigError: unknown method, recipe or key, or a value of the wrong type.
     """
     path = _find_recipe(method, recipe, "digits" if data in (None, "digits") else "folder")
-    layers = [_read_yaml(path)] if path else []
+    layers = [(str(path), _read_yaml(path))] if path else []
     if data is not None:
-        layers.append(_data_layer(data, layers))
-    try:
-        layers.append(OmegaConf.from_dotlist(list(overrides)))
-    except Exception as error:
-        raise ConfigError(f"cannot read the overrides {list(overrides)}: {error}") from error
-    merged = OmegaConf.merge(*layers)
-    name = OmegaConf.select(merged, "method.name") or method
-    return _build(name, merged, source=str(path) if path else "the command line")
+        layers.append(("--data", _data_layer(data, layers[0][1] if path else None)))
+    layers += [(override, _read_override(override)) for override in overrides]
+    name = OmegaConf.select(layers[0][1], "method.name") if path else None
+    return _build(name or method, layers)
 
 
 def read_config(path: Path | str) -> TrainConfig:
     """The configuration that a run folder holds. Raises ConfigError naming the file."""
     path = Path(path)
     layer = _read_yaml(path)
-    return _build(OmegaConf.select(layer, "method.name") or "", layer, source=str(path))
+    return _build(OmegaConf.select(layer, "method.name") or "", [(str(path), layer)])
 
 
 def save_config(config: TrainConfig, path: Path | str) -> None:
@@ -217,23 +213,36 @@ def _read_yaml(path: Path):
     return layer
 
 
-def _data_layer(data: str, layers: list):
+def _read_override(override: str):
+    try:
+        return OmegaConf.from_dotlist([override])
+    except Exception as error:
+        raise ConfigError(f"cannot read the override {override!r}: {error}") from error
+
+
+def _data_layer(data: str, recipe):
     if data == "digits":
         return OmegaConf.create({"data": {"name": "digits", "path": None}})
-    named = OmegaConf.select(layers[0], "data.name") if layers else None
+    named = OmegaConf.select(recipe, "data.name") if recipe is not None else None
     return OmegaConf.create({"data": {"path": data, "name": "folder" if named in (None, "digits") else named}})
 
 
-def _build(method: str, layer, source: str) -> TrainConfig:
+def _build(method: str, layers: list[tuple[str, Any]]) -> TrainConfig:
+    """Merge the layers, each with the name that errors give it, over the defaults of `method`."""
     try:
         options = get_method(method).Options
     except ValueError as error:
-        raise ConfigError(f"{source}: {error}") from None
-    schema = OmegaConf.structured(TrainConfig(method=options(name=method)))
+        raise ConfigError(str(error)) from None
+    schema = merged = OmegaConf.structured(TrainConfig(method=options(name=method)))
+    for source, layer in layers:
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{source}: {_explain(error, schema)}") from None
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(schema, layer))
+        config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {_explain(error, schema)}") from None
+        raise ConfigError(_explain(error, schema)) from None
     check(config)
     return config
 

@@ -295,7 +295,8 @@ class Trainer:
             improved = self.best is None or score > self.best["top1"]
             if improved:
                 self.best = {"step": self.step, "epoch": epoch, "top1": score}
-        self.screen.row(row)
+        if "eval/top1" in row:
+            self.screen.row(row)
         if self.metrics:
             self.metrics.add(row)
         every = config.checkpoint.every_epochs

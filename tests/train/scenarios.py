@@ -81,5 +81,3 @@ if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-

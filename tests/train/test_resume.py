@@ -18,7 +18,9 @@ SETTINGS = ("checkpoint.every_steps=3", "grad_accum=2", "ema.decay=0.9", "data.a
 def same(run: Path, unbroken: Path) -> None:
     """Metrics, weights and the whole last checkpoint are equal."""
     assert (run / "metrics.csv").read_text() == (unbroken / "metrics.csv").read_text()
-    files = ["student.safetensors"] + [f"checkpoints/step-00000012/{n}.safetensors" for n in ("model", "optimizer", "ema")]
+    files = ["student.safetensors"] + [
+        f"checkpoints/step-00000012/{n}.safetensors" for n in ("model", "optimizer", "ema")
+    ]
     for name in files:
         ours, theirs = load_file(run / name), load_file(unbroken / name)
         assert ours.keys() == theirs.keys()

@@ -1,0 +1,75 @@
+"""The command line: exit codes, one-line errors, and what the commands print."""
+
+import json
+
+import pytest
+
+import fastib
+from fastib.train.cli import main
+from fastib.train.config import save_config
+
+
+def test_train_eval_and_resume(tiny, tmp_path, capsys):
+    save_config(tiny("epochs=1"), tmp_path / "recipe.yaml")
+    assert main(["train", "plain", "--recipe", str(tmp_path / "recipe.yaml"), "seed=3"]) == 0
+    out = capsys.readouterr().out
+    assert "epoch   1" in out
+    assert "287 training and 360 test images, 4 steps on 1 x cpu" in out
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == result["top1"]
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert "going on at step 4" in capsys.readouterr().out
+
+
+def test_info_lists_what_there_is(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert f"fastib {fastib.__version__}" in out
+    assert "mhca_attention" in out
+    assert "dearkd_tiny_patch16_224" in out
+    assert "plain" in out
+    assert "dearkd/digits" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "which method?"),
+        (["train", "epochs=3"], "which method?"),
+        (["train", "plian"], "unknown method 'plian'"),
+        (["train", "plain", "--recipe", "mars"], "has no recipe 'mars'"),
+        (["train", "plain", "--data", "nowhere/at/all"], "the data path nowhere/at/all does not exist"),
+        (["train", "plain", "optm.lr=1"], "did you mean optim?"),
+        (["train", "plain", "model.name=vit_giant"], "timm has no model 'vit_giant'"),
+        (["train", "dearkd", "method.teacher=teacher.pth"], "never loaded"),
+        (["train", "plain", "--resume", "gone"], "cannot resume gone"),
+        (["train", "plain", "--resume", "gone", "epochs=3"], "give --resume alone"),
+        (["eval", "gone"], "cannot read gone/config.yaml"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_one(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_unreadable_image_is_named_from_a_loader_process(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    for label in ("ant", "bee"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "images" / label / f"{i}.png")
+    (tmp_path / "images" / "bee" / "2.png").write_bytes(b"\x89PNG and nothing more")
+    options = ["data.img_size=16", "data.batch_size=2", "data.workers=1", "data.eval_fraction=0.5", "epochs=1"]
+    model = ["model.name=vit_tiny_patch16_224", "model.kwargs={depth: 1, embed_dim: 8, num_heads: 1}", "device=cpu"]
+    assert main(["train", "plain", "--data", "images", *options, *model]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot read the image ")
+    assert "bee/2.png" in error
+    assert error.count("\n") == 1

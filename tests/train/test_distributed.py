@@ -1,0 +1,35 @@
+"""Two processes under torchrun (gloo) compute what one computes."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scenarios import first_gradients
+
+from fastib.train.config import save_config
+from fastib.train.loop import Trainer
+from fastib.train.metrics import read_metrics
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
+
+
+def test_two_processes_give_the_gradients_of_one(tiny, tmp_path, scenario):
+    settings = ("epochs=2", "grad_accum=2", "data.eval_batch_size=100", "optim.opt=sgd", "optim.lr=0.1")
+    save_config(tiny(*settings, output="two"), tmp_path / "two.yaml")
+    done = scenario("gradients", tmp_path / "two.yaml", tmp_path / "two.safetensors", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "on 2 x cpu" in done.stdout
+
+    trainer = Trainer(tiny(*settings, output="one"))
+    expected = first_gradients(trainer)
+    trainer.fit()
+    found = load_file(tmp_path / "two.safetensors")
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+    ours, theirs = load_file(tmp_path / "two/student.safetensors"), load_file(tmp_path / "one/student.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-5, msg=name)
+    for two, one in zip(*(read_metrics(tmp_path / f"{n}/metrics.csv") for n in ("two", "one")), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
