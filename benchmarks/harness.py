@@ -218,26 +218,3 @@ class CudaTimer:
         # The next backlog outlasts the slowest enqueueing seen, at about 2 GHz.
         self._cycles = max(self._cycles, min(int(host * 4e9), 100_000_000))
         return start.elapsed_time(end)
-
-
-class Replay:
-    """A clock that shows recorded durations, so that pytest-benchmark's own table holds the interleaved samples."""
-
-    def __init__(self):
-        self._now = 0.0
-
-    def now(self) -> float:
-        """The timer to give to pytest-benchmark, in seconds."""
-        return self._now
-
-    def into(self, benchmark, samples_ms: Sequence[float]) -> None:
-        """Feeds every sample to the `benchmark` fixture as one round of one iteration."""
-        durations = iter(samples_ms)
-
-        def advance():
-            self._now += next(durations, 0.0) * 1e-3
-
-        benchmark.pedantic(advance, rounds=len(samples_ms), iterations=1, warmup_rounds=0)
-
-
-REPLAY = Replay()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.ceilings import measure_ceilings, shares
-from benchmarks.harness import REPLAY, CudaTimer, Measurement, Peer, Step, Unavailable, admit, cpu_timer, interleave
+from benchmarks.harness import CudaTimer, Measurement, Peer, Step, Unavailable, admit, cpu_timer, interleave
 from benchmarks.machine import describe, device_slug
 from benchmarks.memory import peak_extra_bytes
+from benchmarks.replay import REPLAY
 
 
 @dataclass(frozen=True)

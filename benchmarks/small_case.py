@@ -1,4 +1,4 @@
-"""One small forward and backward of an operator on the GPU, for a memory checker: `python -m benchmarks.small_case OP`."""
+"""One small forward and backward of an operator on the GPU, for a memory checker: `benchmarks.small_case OP`."""
 
 from __future__ import annotations
 
