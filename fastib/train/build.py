@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 
 import timm
 from torch import Tensor, nn
 
+import fastib.models  # noqa: F401 (registers its models with timm)
 from fastib.train.checkpoint import read_tensors, write_tensors
 from fastib.train.config import DataConfig, ModelConfig
 from fastib.train.errors import CheckpointError, ConfigError
@@ -26,8 +28,8 @@ def build_model(name: str, kwargs: dict, num_classes: int, in_chans: int, img_si
     Raises ConfigError for an unknown name and for arguments that the model does not take.
     """
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
-        raise ConfigError(f"timm has no model {name!r}" + (f"; it has {', '.join(near)}, ..." if near else ""))
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ConfigError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
     fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
     options = ({"img_size": img_size} if fixed else {}) | kwargs
     try:

@@ -60,3 +60,23 @@ def scenario(tmp_path):
         )  # fmt: skip
 
     return run
+
+
+def spy_gradients(trainer) -> dict[str, torch.Tensor]:
+    """A dict that fills with the gradients of the first optimizer step."""
+    found: dict[str, torch.Tensor] = {}
+    step = trainer.optimizer.step
+
+    def spy(*args, **kwargs):
+        if trainer.accelerator.sync_gradients and not found:
+            found.update({name: p.grad.clone() for name, p in trainer.method.named_parameters()})
+        return step(*args, **kwargs)
+
+    trainer.optimizer.step = spy
+    return found
+
+
+@pytest.fixture
+def first_gradients():
+    """`spy_gradients` for tests, which cannot import this file."""
+    return spy_gradients

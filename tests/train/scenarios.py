@@ -5,6 +5,7 @@ import signal
 import sys
 
 import torch
+from conftest import spy_gradients
 from safetensors.torch import save_file
 
 from fastib.train import checkpoint
@@ -45,24 +46,10 @@ def kill_in_checkpoint(config: str, count: str) -> None:
 def gradients(config: str, target: str) -> None:
     """Write the gradients of the first step, and the trained weights, from process 0."""
     trainer = Trainer(read_config(config))
-    save = first_gradients(trainer)
+    save = spy_gradients(trainer)
     trainer.fit()
     if trainer.rank == 0:
         save_file(save, target)
-
-
-def first_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """A dict that fills with the gradients of the first optimizer step."""
-    found: dict[str, torch.Tensor] = {}
-    step = trainer.optimizer.step
-
-    def spy(*args, **kwargs):
-        if trainer.accelerator.sync_gradients and not found:
-            found.update({name: p.grad.clone() for name, p in trainer.method.named_parameters()})
-        return step(*args, **kwargs)
-
-    trainer.optimizer.step = spy
-    return found
 
 
 def _during_step(step: int, signum: int) -> None:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from scenarios import first_gradients
 
 from fastib.train.config import save_config
 from fastib.train.loop import Trainer
@@ -12,7 +11,7 @@ from fastib.train.metrics import read_metrics
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
 
 
-def test_two_processes_give_the_gradients_of_one(tiny, tmp_path, scenario):
+def test_two_processes_give_the_gradients_of_one(tiny, tmp_path, scenario, first_gradients):
     settings = ("epochs=2", "grad_accum=2", "data.eval_batch_size=100", "optim.opt=sgd", "optim.lr=0.1")
     save_config(tiny(*settings, output="two"), tmp_path / "two.yaml")
     done = scenario("gradients", tmp_path / "two.yaml", tmp_path / "two.safetensors", processes=2)

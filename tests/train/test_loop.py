@@ -7,7 +7,6 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file
-from scenarios import first_gradients
 
 from fastib.methods import Method, get_method
 from fastib.methods.base import _METHODS
@@ -57,7 +56,7 @@ def test_a_run_learns_and_leaves_everything_behind(tiny, tmp_path):
     assert scores["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
 
 
-def test_accumulated_micro_batches_give_the_gradients_of_the_whole_batch(tiny):
+def test_accumulated_micro_batches_give_the_gradients_of_the_whole_batch(tiny, first_gradients):
     found = {}
     for parts in (1, 4):
         trainer = Trainer(tiny(f"grad_accum={parts}", "steps=1", "clip_grad=1e9", output=f"run{parts}"))
@@ -69,7 +68,7 @@ def test_accumulated_micro_batches_give_the_gradients_of_the_whole_batch(tiny):
         torch.testing.assert_close(found[4][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_gradients_are_clipped_to_the_norm(tiny):
+def test_gradients_are_clipped_to_the_norm(tiny, first_gradients):
     trainer = Trainer(tiny("steps=1", "clip_grad=0.01"))
     gradients = first_gradients(trainer)
     trainer.fit()
@@ -144,7 +143,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(value, tiny, method, tmp_path, 
             return losses if progress < 0.5 else losses | {"odd": losses["ce"] * value}
 
     method(Bad)
-    expected = r"method bad: the loss of step 7 is not finite \(ce=\d.*, odd=(nan|inf)\); last good .*step-00000004$"
+    expected = r"method bad: the loss of step 7 is not finite \(ce=\d.*, odd=(nan|inf)\); the last good checkpoint is .*step-00000004$"
     with pytest.raises(DivergedError, match=expected):
         train(tiny("steps=12", method="bad"))
     assert (tmp_path / "run" / "curves.png").exists()

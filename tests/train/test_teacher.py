@@ -28,8 +28,7 @@ def test_a_run_and_its_file_give_the_same_frozen_teacher(run):
         assert teacher(images).equal(model(images))
 
 
-def test_timm_weights_come_from_a_local_file(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_timm_weights_come_from_a_local_file(tmp_path):
     model = timm.create_model("resnet10t").eval()
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     teacher = load_teacher(f"timm:resnet10t@{tmp_path / 'weights.safetensors'}")
@@ -37,7 +36,6 @@ def test_timm_weights_come_from_a_local_file(tmp_path, monkeypatch):
     assert teacher(images).equal(model(images))
     with pytest.raises(CheckpointError, match=r"does not say which model it holds; give timm:NAME@"):
         load_teacher(str(tmp_path / "weights.safetensors"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
 
 
 def test_missing_weights_say_what_to_do(tmp_path, monkeypatch):
@@ -60,7 +58,7 @@ def _no_network(*_args, **_kwargs):
 def test_pickled_files_are_never_loaded(name, tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / name)
     for source in (str(tmp_path / name), f"timm:resnet10t@{tmp_path / name}"):
-        with pytest.raises(CheckpointError, match="pickled code.*are never loaded"):
+        with pytest.raises(CheckpointError, match=r"pickled code.*are never loaded"):
             load_teacher(source)
     (tmp_path / "disguised.safetensors").write_bytes((tmp_path / name).read_bytes())
     with pytest.raises(CheckpointError, match=r"cannot read .*disguised\.safetensors"):
@@ -69,9 +67,7 @@ def test_pickled_files_are_never_loaded(name, tmp_path):
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
     save_student(tmp_path / "student.safetensors", {"fc.weight": torch.ones(4, 16)}, SPEC)
-    with pytest.raises(
-        CheckpointError, match=r"student\.safetensors does not fit ResNet: .*Missing key.*conv1\.weight"
-    ):
+    with pytest.raises(CheckpointError, match=r"student\.safetensors does not fit ResNet: .*Missing key.*conv1"):
         load_student(tmp_path / "student.safetensors")
 
 
@@ -80,7 +76,9 @@ def test_models_get_the_image_size_where_it_is_fixed():
     vit = build_model("vit_tiny_patch16_224", img_size=12, **spec)
     assert vit.patch_embed.grid_size == (3, 3)
     assert vit(torch.zeros(2, 1, 12, 12)).shape == (2, 3)
-    with pytest.raises(ConfigError, match="timm has no model 'vit_giant'; it has vit_"):
-        build_model("vit_giant", img_size=12, **spec)
-    with pytest.raises(ConfigError, match="cannot build the model resnet18 with .*embed_dim"):
+    with pytest.raises(
+        ConfigError, match="timm has no model 'vit_tini_patch16_224'; did you mean vit_tiny_patch16_224, "
+    ):
+        build_model("vit_tini_patch16_224", img_size=12, **spec)
+    with pytest.raises(ConfigError, match=r"cannot build the model resnet18 with .*embed_dim"):
         build_model("resnet18", img_size=12, **spec)
