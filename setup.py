@@ -21,8 +21,8 @@ COST = "CPU operators will run their PyTorch reference: same numbers, several ti
 def find_torch() -> Path | None:
     """Folder of a torch that is new enough, in the environment installed into or the build environment.
 
-    Under build isolation the running interpreter hides its own site-packages, but torch's headers and stubs are all that is
-    needed and any torch from MIN_TORCH on serves, so the folders are searched on disk and torch is never imported.
+    Under build isolation the interpreter hides its own site-packages. Headers and libraries are all that is needed, and
+    those of any torch from MIN_TORCH on serve, so the folders are searched on disk and torch is never imported.
     """
     folders = [*sys.path, *(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))]
     if site.ENABLE_USER_SITE:
@@ -94,11 +94,11 @@ class CMakeBuild(build_ext):
     def build_native(self, package: Path) -> None:
         compiler, torch, cmake, ninja = find_compiler(), find_torch(), find_tool("cmake"), find_tool("ninja")
         if not compiler:
-            raise Absent("no C++ compiler was found when fastib was installed; install g++ 11 or clang 14, then reinstall")
+            raise Absent("no C++ compiler when fastib was installed: install g++ 11 or clang 14, then reinstall")
         if not (cmake and ninja):
-            raise Absent("cmake or ninja was missing when fastib was installed; pip install cmake ninja, then reinstall")
+            raise Absent("no cmake or no ninja when fastib was installed: pip install cmake ninja, then reinstall")
         if not torch:
-            raise Absent("no torch 2.11 or later was found when fastib was installed; install torch, then reinstall")
+            raise Absent("no torch 2.11 or later when fastib was installed: install torch, then reinstall")
         build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         options = {
             "CMAKE_MAKE_PROGRAM": ninja,

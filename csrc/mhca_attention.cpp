@@ -46,7 +46,7 @@ MhcaAttentionParams make_params(Tensor& q, Tensor& k, Tensor& v, Tensor& alpha, 
   check_probability(options.attn_dropout, "attn_dropout");
 
   q = dense_rows(q), k = dense_rows(k), v = dense_rows(v);
-  alpha = torch::stable::contiguous(alpha), center = torch::stable::contiguous(center);
+  alpha = dense(alpha), center = dense(center);
   params.grid_h = patches ? options.grid_h : 0;
   params.grid_w = patches ? options.grid_w : 1;  // no division by zero where there are prefix tokens alone
   params.num_prefix_tokens = options.num_prefix_tokens;
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor alpha, T
   const Options options{grid_h, grid_w, num_prefix_tokens, scale, rpe_dropout, attn_dropout};
   MhcaAttentionParams params = make_params(q, k, v, alpha, center, seed, options);
   Tensor out = empty_heads_last(q, params.B, params.H, params.N, params.D);
-  Tensor lse = torch::stable::new_empty(alpha, {params.B, params.H, params.N});
+  Tensor lse = new_empty(alpha, {params.B, params.H, params.N}, alpha.scalar_type());
   if (q.numel() == 0) return {out, torch::stable::zero_(lse)};
   params.out = out.mutable_data_ptr();
   set_strides(params.out_stride, out);
@@ -91,14 +91,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Ten
   Tensor grad_q = empty_heads_last(q, B, H, N, D);
   Tensor grad_k = empty_heads_last(q, B, H, N, D);
   Tensor grad_v = empty_heads_last(q, B, H, N, D);
-  Tensor grad_alpha = torch::stable::new_empty(alpha, {H});
-  Tensor grad_center = torch::stable::new_empty(alpha, {H, 2});
+  Tensor grad_alpha = new_empty(alpha, {H}, alpha.scalar_type());
+  Tensor grad_center = new_empty(alpha, {H, 2}, alpha.scalar_type());
   if (q.numel() == 0) {
     return {grad_q, grad_k, grad_v, torch::stable::zero_(grad_alpha), torch::stable::zero_(grad_center)};
   }
-  Tensor grad_position = torch::stable::new_empty(alpha, {B, H, 3}, ScalarType::Double);
+  Tensor grad_position = new_empty(alpha, {B, H, 3}, ScalarType::Double);
   grad_out = dense_rows(grad_out), out = dense_rows(out);
-  lse = torch::stable::contiguous(lse);
+  lse = dense(lse);
   params.forward.out = const_cast<void*>(out.const_data_ptr());
   set_strides(params.forward.out_stride, out);
   params.forward.lse = const_cast<void*>(lse.const_data_ptr());

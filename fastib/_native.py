@@ -11,6 +11,7 @@ import torch
 _HERE = Path(__file__).parent
 _LIBRARY = _HERE / "libfastib.so"
 _REPORT = _HERE / "_native_absent.txt"  # written by setup.py where it could not build the library
+_REBUILD = "rebuild it: pip install --no-build-isolation -e ."
 
 COST = "CPU operators run the PyTorch reference instead: same numbers, several times slower, N^2 memory"
 
@@ -24,7 +25,7 @@ def _load() -> str:
     try:
         torch.ops.load_library(str(_LIBRARY))
     except (OSError, RuntimeError) as error:
-        return f"the compiled library does not load ({error.__cause__ or error}); rebuild it: pip install --no-build-isolation -e ."
+        return f"the compiled library does not load ({error.__cause__ or error}); {_REBUILD}"
     return ""
 
 
