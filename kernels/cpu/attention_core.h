@@ -2,7 +2,7 @@
 //
 // Queries go in blocks of kQueryBlock rows, keys in blocks of at most kKeyBlock; the scores of a block stay in cache and
 // nothing of size N x N exists. `Term` supplies the additive term in units of log 2 and collects its gradient:
-//   Rows<const T> terms(i0, rows, j0, n, block, block_stride);  void add_gradient(i, j0, n, ds);
+//   TermRow<T> term(i, j0, n, room);  void add_gradient(i, j0, n, ds);
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,7 @@
 #include "dropout_row.h"
 #include "gemm_tile.h"
 #include "pack.h"
+#include "relative_position.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 
@@ -52,7 +53,7 @@ class AttentionCore {
     const int64_t block = Scratch::padded_bytes<T>(kQueryBlock * row_stride(keys));
     const int64_t query_block = Scratch::padded_bytes<T>(kQueryBlock * width);
     const int64_t mask = Scratch::padded_bytes<int8_t>(dropout_row_bytes(kKeyBlock + kLanes<T>));
-    return (backward ? 5 * rows + 2 * columns + 2 * block : 2 * rows + columns + block) + query_block +
+    return (backward ? 3 * rows + 2 * columns + 2 * block + query_block : rows + columns + block) + 2 * query_block +
            3 * Scratch::padded_bytes<T>(kQueryBlock) + mask;
   }
 
@@ -62,7 +63,7 @@ class AttentionCore {
     width_ = round_to_lanes<T>(s_.D);
     block_ = key_block(keys_);
     row_stride_ = row_stride(keys_);
-    q_ = scratch.take<T>(s_.N * width_);
+    q_ = scratch.take<T>(kQueryBlock * width_);
     k_columns_ = scratch.take<T>(keys_ * s_.D);
     scores_ = scratch.take<T>(kQueryBlock * row_stride_);
     out_ = scratch.take<T>(kQueryBlock * width_);
@@ -73,7 +74,7 @@ class AttentionCore {
     if (backward) {
       k_ = scratch.take<T>(s_.N * width_);
       v_columns_ = scratch.take<T>(keys_ * s_.D);
-      grad_out_ = scratch.take<T>(s_.N * width_);
+      grad_out_ = scratch.take<T>(kQueryBlock * width_);
       grad_k_ = scratch.take<T>(s_.N * width_);
       grad_v_ = scratch.take<T>(s_.N * width_);
       grad_scores_ = scratch.take<T>(kQueryBlock * row_stride_);
@@ -85,23 +86,20 @@ class AttentionCore {
     kept_scale_ = s_.dropout > 0 ? static_cast<T>(dropout_scale(s_.dropout)) : T(1);
   }
 
-  // `next` is fetched into cache meanwhile.
   template <typename E, typename Term>
-  void forward(const AttentionInputs<E>& x, const AttentionInputs<E>& next, Rows<E> out, T* lse, uint64_t first_element,
-               Term& term) {
-    pack_rows(q_, width_, x.q, s_.N, s_.D);
+  void forward(const AttentionInputs<E>& x, Rows<E> out, T* lse, uint64_t first_element, Term& term) {
     pack_columns(k_columns_, x.k, s_.N, s_.D);
     pack_rows(v_, width_, x.v, s_.N, s_.D);
     for (int64_t i0 = 0; i0 < s_.N; i0 += kQueryBlock) {
       const int64_t rows = smaller(kQueryBlock, s_.N - i0);
-      prefetch(next, i0, i0 + rows);
+      pack_rows(q_, width_, x.q.from(i0), rows, s_.D);
       for (int64_t r = 0; r < rows; ++r) {
         row_max_[r] = -std::numeric_limits<T>::infinity();
         row_sum_[r] = 0;
       }
       for (int64_t j0 = 0; j0 < keys_; j0 += block_) {
         const int64_t n = smaller(block_, keys_ - j0);
-        score_block(i0, rows, j0, n, term);
+        score_block(i0, rows, j0, n, term, [](T* p, int64_t, Vec<T> x) { store(p, x); });
         softmax_block(rows, n, j0 > 0);
         if (s_.dropout > 0)
           for (int64_t r = 0; r < rows; ++r)
@@ -109,44 +107,41 @@ class AttentionCore {
         weighted_rows(out_, scores_, v_, rows, j0, n, j0 > 0);
       }
       for (int64_t r = 0; r < rows; ++r) {
-        unpack_rows(Rows<E>{out.row(i0 + r), out.stride}, out_ + r * width_, width_, 1, s_.D, kept_scale_ / row_sum_[r]);
+        unpack_rows(out.from(i0 + r), out_ + r * width_, width_, 1, s_.D, kept_scale_ / row_sum_[r]);
         lse[i0 + r] = (row_max_[r] + std::log2(row_sum_[r])) * static_cast<T>(0.6931471805599453);
       }
     }
   }
 
   template <typename E, typename Term>
-  void backward(const AttentionGradInputs<E>& x, const AttentionGradInputs<E>& next, const T* lse,
-                const AttentionGrads<E>& grad, uint64_t first_element, Term& term) {
-    pack_rows(q_, width_, x.forward.q, s_.N, s_.D);
+  void backward(const AttentionGradInputs<E>& x, const T* lse, const AttentionGrads<E>& grad, uint64_t first_element, Term& term) {
     pack_rows(k_, width_, x.forward.k, s_.N, s_.D);
     pack_columns(k_columns_, x.forward.k, s_.N, s_.D);
     pack_columns(v_columns_, x.forward.v, s_.N, s_.D);
-    pack_rows(grad_out_, width_, x.grad_out, s_.N, s_.D);
     for (int64_t i = 0; i < s_.N * width_; ++i) grad_k_[i] = grad_v_[i] = 0;
     for (int64_t i0 = 0; i0 < s_.N; i0 += kQueryBlock) {
       const int64_t rows = smaller(kQueryBlock, s_.N - i0);
-      prefetch(next.forward, i0, i0 + rows);
-      prefetch_rows(next.out, i0, i0 + rows, s_.D);
-      prefetch_rows(next.grad_out, i0, i0 + rows, s_.D);
+      pack_rows(q_, width_, x.forward.q.from(i0), rows, s_.D);
+      pack_rows(grad_out_, width_, x.grad_out.from(i0), rows, s_.D);
       for (int64_t r = 0; r < rows; ++r) {
-        delta_[r] = dot(grad_out_ + (i0 + r) * width_, x.out.row(i0 + r), s_.D);
+        delta_[r] = dot(grad_out_ + r * width_, x.out.row(i0 + r), s_.D);
         row_max_[r] = lse[i0 + r] * static_cast<T>(kLog2e);
       }
       for (int64_t j0 = 0; j0 < keys_; j0 += block_) {
         const int64_t n = smaller(block_, keys_ - j0);
-        probability_block(i0, rows, j0, n, term);
-        score_gradient_block(i0, rows, j0, n);
+        score_block(i0, rows, j0, n, term,
+                    [lse = row_max_](T* p, int64_t r, Vec<T> x) { store(p, exp2_vec(x - lse[r])); });
+        score_gradient_block(rows, j0, n);
         for (int64_t r = 0; r < rows; ++r) {
           T* ds = grad_scores_ + r * row_stride_;
           if (s_.dropout > 0) drop_gradient(scores_ + r * row_stride_, ds, r, n, first_element + (i0 + r) * s_.N + j0);
           term.add_gradient(i0 + r, j0, n, ds);
         }
-        weighted_columns(grad_v_, scores_, grad_out_, i0, rows, j0, n);
-        weighted_columns(grad_k_, grad_scores_, q_, i0, rows, j0, n);
+        weighted_columns(grad_v_, scores_, grad_out_, rows, j0, n);
+        weighted_columns(grad_k_, grad_scores_, q_, rows, j0, n);
         weighted_rows(out_, grad_scores_, k_, rows, j0, n, j0 > 0);
       }
-      unpack_rows(Rows<E>{grad.q.row(i0), grad.q.stride}, out_, width_, rows, s_.D, static_cast<T>(s_.scale));
+      unpack_rows(grad.q.from(i0), out_, width_, rows, s_.D, static_cast<T>(s_.scale));
     }
     unpack_rows(grad.k, grad_k_, width_, s_.N, s_.D, static_cast<T>(s_.scale));
     unpack_rows(grad.v, grad_v_, width_, s_.N, s_.D, T(1));
@@ -161,45 +156,36 @@ class AttentionCore {
 
   static int64_t row_stride(int64_t keys) { return key_block(keys) + 2 * kLanes<T>; }
 
-  template <typename E>
-  void prefetch(const AttentionInputs<E>& x, int64_t begin, int64_t end) const {
-    prefetch_rows(x.q, begin, end, s_.D);
-    prefetch_rows(x.k, begin, end, s_.D);
-    prefetch_rows(x.v, begin, end, s_.D);
-  }
-
-  // left rows [i0, ...) times columns [j0, ...), each finished vector handed to sink(row, vector, x).
+  // left (rows, D) times columns [j0, ...), each finished vector handed to sink(row, vector, x).
   template <typename Sink>
-  void product(const T* left, const T* columns, int64_t i0, int64_t rows, int64_t j0, int64_t n, Sink&& sink) {
+  void product(const T* left, const T* columns, int64_t rows, int64_t j0, int64_t n, Sink&& sink) {
     constexpr int W = kLanes<T>;
-    gemm<T>(rows, n / W, s_.D, Left<T>{left + i0 * width_, width_, 1}, Right<T>{columns + j0 * s_.D, W, W * s_.D}, sink);
+    gemm<T>(rows, n / W, s_.D, Left<T>{left, width_, 1}, Right<T>{columns + j0 * s_.D, W, W * s_.D}, sink);
   }
 
-  // scores_ = scores in units of log 2.
-  template <typename Term>
-  void score_block(int64_t i0, int64_t rows, int64_t j0, int64_t n, Term& term) {
-    const Rows<const T> bias = term.terms(i0, rows, j0, n, scores_, row_stride_);
-    product(q_, k_columns_, i0, rows, j0, n,
-            [bias, unit = splat(score_unit_), scores = scores_, stride = row_stride_](int64_t m, int64_t v, Vec<T> x) {
-              store(scores + m * stride + v * kLanes<T>, x * unit + load(bias.row(m) + v * kLanes<T>));
-            });
-  }
-
-  // scores_ = probabilities, given the log of their sums (in row_max_).
-  template <typename Term>
-  void probability_block(int64_t i0, int64_t rows, int64_t j0, int64_t n, Term& term) {
-    const Rows<const T> bias = term.terms(i0, rows, j0, n, scores_, row_stride_);
-    product(q_, k_columns_, i0, rows, j0, n,
-            [bias, unit = splat(score_unit_), scores = scores_, stride = row_stride_, lse = row_max_](
-                int64_t m, int64_t v, Vec<T> x) {
-              const Vec<T> shifted = load(bias.row(m) + v * kLanes<T>) - lse[m];
-              store(scores + m * stride + v * kLanes<T>, exp2_vec(x * unit + shifted));
-            });
+  // q_ times keys plus the term, in units of log 2, handed to sink(address in scores_, row, x).
+  template <typename Term, typename Sink>
+  void score_block(int64_t i0, int64_t rows, int64_t j0, int64_t n, Term& term, Sink&& sink) {
+    TermRow<T> terms[kQueryBlock];
+    for (int64_t r = 0; r < rows; ++r) terms[r] = term.term(i0 + r, j0, n, scores_ + r * row_stride_);
+    const auto run = [&](auto&& add) {
+      product(q_, k_columns_, rows, j0, n,
+              [add, sink, unit = splat(score_unit_), scores = scores_, stride = row_stride_](int64_t m, int64_t v,
+                                                                                             Vec<T> x) {
+                sink(scores + m * stride + v * kLanes<T>, m, x * unit + add(m, v * kLanes<T>));
+              });
+    };
+    if (terms[0].keep)
+      run([&terms](int64_t m, int64_t j) {
+        return keep_lanes<T>(load(terms[m].a + j) + load(terms[m].b + j), terms[m].keep + j);
+      });
+    else
+      run([&terms](int64_t m, int64_t j) { return load(terms[m].a + j) + load(terms[m].b + j); });
   }
 
   // grad_scores_ = gradient of the scores, or of the dropped probabilities where there is dropout.
-  void score_gradient_block(int64_t i0, int64_t rows, int64_t j0, int64_t n) {
-    const auto run = [&](auto&& sink) { product(grad_out_, v_columns_, i0, rows, j0, n, sink); };
+  void score_gradient_block(int64_t rows, int64_t j0, int64_t n) {
+    const auto run = [&](auto&& sink) { product(grad_out_, v_columns_, rows, j0, n, sink); };
     if (s_.dropout > 0)
       run([ds = grad_scores_, stride = row_stride_](int64_t m, int64_t v, Vec<T> x) {
         store(ds + m * stride + v * kLanes<T>, x);
@@ -279,11 +265,11 @@ class AttentionCore {
       run([dst, width = width_](int64_t m, int64_t v, Vec<T> x) { store(dst + m * width + v * W, x); });
   }
 
-  // dst rows [j0, ...) += block^T (keys, rows) times rows [i0, ...) of right.
-  void weighted_columns(T* dst, const T* block, const T* right, int64_t i0, int64_t rows, int64_t j0, int64_t n) {
+  // dst rows [j0, ...) += block^T (keys, rows) times right (rows, D).
+  void weighted_columns(T* dst, const T* block, const T* right, int64_t rows, int64_t j0, int64_t n) {
     constexpr int W = kLanes<T>;
     gemm<T>(smaller(n, s_.N - j0), width_ / W, rows, Left<T>{block, 1, row_stride_},
-            Right<T>{right + i0 * width_, width_, W},
+            Right<T>{right, width_, W},
             [first = dst + j0 * width_, width = width_](int64_t m, int64_t v, Vec<T> x) {
               T* p = first + m * width + v * W;
               store(p, load(p) + x);

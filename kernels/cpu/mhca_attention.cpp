@@ -25,47 +25,40 @@ Rows<E> pair(void* base, const int64_t (&stride)[3], int64_t b, int64_t h) {
 }
 
 template <typename E>
-AttentionInputs<E> inputs(const MhcaAttentionParams& p, int64_t u) {
-  const int64_t h = u / p.B, b = u % p.B;
+AttentionInputs<E> inputs(const MhcaAttentionParams& p, int64_t b, int64_t h) {
   return {pair<E>(p.q, p.q_stride, b, h), pair<E>(p.k, p.k_stride, b, h), pair<E>(p.v, p.v_stride, b, h)};
 }
 
-template <typename E>
-AttentionGradInputs<E> grad_inputs(const MhcaAttentionGradParams& g, int64_t u) {
-  const int64_t h = u / g.forward.B, b = u % g.forward.B;
-  return {inputs<E>(g.forward, u), pair<E>(static_cast<const void*>(g.forward.out), g.forward.out_stride, b, h),
-          pair<E>(g.grad_out, g.grad_out_stride, b, h)};
-}
-
-// Sets up scratch, the core and the position term, then runs body(core, term, unit, next unit, b, h) on each pair.
+// Sets up scratch, the core and the position term, then runs body(core, term, b, h) on units [begin, end).
 template <typename E, typename Body>
 void for_each_pair(const MhcaAttentionParams& p, bool backward, int64_t begin, int64_t end, Body&& body) {
   using T = Compute<E>;
+  using Term = RelativePosition<T>;
   const AttentionSizes sizes{p.N, p.D, p.scale, p.attn_dropout, p.seed};
-  const typename RelativePosition<T>::Geometry geometry{p.N, p.grid_h, p.grid_w, p.num_prefix_tokens, p.rpe_dropout,
-                                                        p.seed};
-  if (!scratch.reserve(AttentionCore<T>::scratch_bytes(sizes, backward) + RelativePosition<T>::scratch_bytes(geometry)))
+  const typename Term::Geometry geometry{p.N, p.grid_h, p.grid_w, p.num_prefix_tokens, p.rpe_dropout, p.seed};
+  const int64_t turn = Term::heads_in_turn(geometry, p.H);
+  if (!scratch.reserve(AttentionCore<T>::scratch_bytes(sizes, backward) + Term::scratch_bytes(geometry, turn)))
     throw std::bad_alloc();
   AttentionCore<T> core;
   core.init(sizes, backward, scratch);
-  RelativePosition<T> term;
-  term.init(geometry, scratch);
+  Term term;
+  term.init(geometry, turn, scratch);
   const T* alpha = static_cast<const T*>(p.alpha);
   const T* center = static_cast<const T*>(p.center);
-  int64_t head = -1;
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t h = u / p.B, b = u % p.B;
-    if (h != head) term.set_head(h, alpha[h], center[2 * h], center[2 * h + 1]);
-    head = h;
-    body(core, term, u, u + 1 < end ? u + 1 : u, b, h);
+    const int64_t first_head = u / (p.B * turn) * turn;
+    const int64_t heads = smaller(turn, p.H - first_head), at = u - first_head * p.B;
+    const int64_t b = at / heads, h = first_head + at % heads;
+    term.set_head(h, alpha[h], center[2 * h], center[2 * h + 1]);
+    body(core, term, b, h);
   }
 }
 
 template <typename E>
 void forward(const MhcaAttentionParams& p, int64_t begin, int64_t end) {
-  for_each_pair<E>(p, false, begin, end, [&](auto& core, auto& term, int64_t u, int64_t next, int64_t b, int64_t h) {
+  for_each_pair<E>(p, false, begin, end, [&](auto& core, auto& term, int64_t b, int64_t h) {
     const int64_t pair_index = b * p.H + h;
-    core.forward(inputs<E>(p, u), inputs<E>(p, next), pair<E>(p.out, p.out_stride, b, h),
+    core.forward(inputs<E>(p, b, h), pair<E>(p.out, p.out_stride, b, h),
                  static_cast<Compute<E>*>(p.lse) + pair_index * p.N, static_cast<uint64_t>(pair_index) * p.N * p.N, term);
   });
 }
@@ -73,13 +66,15 @@ void forward(const MhcaAttentionParams& p, int64_t begin, int64_t end) {
 template <typename E>
 void backward(const MhcaAttentionGradParams& g, int64_t begin, int64_t end) {
   const MhcaAttentionParams& p = g.forward;
-  for_each_pair<E>(p, true, begin, end, [&](auto& core, auto& term, int64_t u, int64_t next, int64_t b, int64_t h) {
+  for_each_pair<E>(p, true, begin, end, [&](auto& core, auto& term, int64_t b, int64_t h) {
     const int64_t pair_index = b * p.H + h;
+    const AttentionGradInputs<E> x{inputs<E>(p, b, h), pair<E>(static_cast<const void*>(p.out), p.out_stride, b, h),
+                                   pair<E>(g.grad_out, g.grad_out_stride, b, h)};
     const AttentionGrads<E> grads{pair<E>(g.grad_q, g.grad_q_stride, b, h), pair<E>(g.grad_k, g.grad_k_stride, b, h),
                                   pair<E>(g.grad_v, g.grad_v_stride, b, h)};
     term.clear_gradient();
-    core.backward(grad_inputs<E>(g, u), grad_inputs<E>(g, next), static_cast<const Compute<E>*>(p.lse) + pair_index * p.N,
-                  grads, static_cast<uint64_t>(pair_index) * p.N * p.N, term);
+    core.backward(x, static_cast<const Compute<E>*>(p.lse) + pair_index * p.N, grads,
+                  static_cast<uint64_t>(pair_index) * p.N * p.N, term);
     term.gradient(g.grad_position + pair_index * 3);
   });
 }

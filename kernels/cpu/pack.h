@@ -38,16 +38,10 @@ struct Rows {
   E* p;
   int64_t stride;
   E* row(int64_t i) const { return p + i * stride; }
+  Rows from(int64_t i) const { return {row(i), stride}; }
 };
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-template <typename E>
-inline void prefetch_rows(Rows<E> x, int64_t begin, int64_t end, int64_t D) {
-  for (int64_t i = begin; i < end; ++i)
-    for (int64_t byte = 0; byte < D * static_cast<int64_t>(sizeof(E)); byte += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(x.row(i)) + byte, 0, 2);
-}
 
 // One vector of stored elements in the compute type, and back.
 template <typename E>

@@ -1,6 +1,6 @@
 // The quadratic relative position term of one head, row by row (DearKD Eq. 2):
 //   b_ij = -alpha (|d|^2 - 2 center . d),  d = pos(j) - pos(i),  0 where i or j is a prefix token.
-// It splits into a part in rows and a part in columns, so two tables over the offset replace an N x N read.
+// It splits into a part in rows and a part in columns, so two short tables replace an N x N read.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,14 @@
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 
+// One query's term against consecutive keys: a + b, kept where `keep` (null: everywhere) says so.
+template <typename T>
+struct TermRow {
+  const T* a;
+  const T* b;
+  const int8_t* keep;
+};
+
 template <typename T>
 class RelativePosition {
  public:
@@ -21,66 +29,100 @@ class RelativePosition {
     uint64_t seed;
   };
 
-  // A head's terms and masks are kept for all its images while they fit beside the tensors in the second cache, and are
-  // made again block by block beyond that.
-  static constexpr int64_t kTableBytes = int64_t{3} << 16;
-  static constexpr int64_t kMaskTableBytes = int64_t{1} << 20;
+  // Up to these sizes a head's term is tabulated and its dropout masks are kept; beyond, both are made row by row.
+  static constexpr int64_t kTableBytes = int64_t{4} << 20;
+  static constexpr int64_t kMaskBytes = int64_t{1} << 20;
+  static constexpr int64_t kMaskBudget = int64_t{3} << 16;  // of the masks of all heads kept at a time
 
-  static int64_t scratch_bytes(const Geometry& g) {
-    const int64_t n = row_length(g);
-    return Scratch::padded_bytes<T>(2 * g.grid_h) + Scratch::padded_bytes<T>(2 * g.grid_w + kLanes<T>) +
-           2 * Scratch::padded_bytes<T>(n) + Scratch::padded_bytes<T>(table_length(g)) +
-           Scratch::padded_bytes<int8_t>(mask_bytes(g));
+  // Heads worth taking in turn on one image before going to the next: neighbours in memory, with all their masks kept.
+  static int64_t heads_in_turn(const Geometry& g, int64_t H) {
+    if (g.dropout <= 0) return H;
+    const int64_t fit = keeps_masks(g) ? kMaskBudget / (g.N * mask_stride(g)) : 1;
+    return fit < 1 ? 1 : smaller(fit, H);
   }
 
-  void init(const Geometry& g, Scratch& scratch) {
+  static int64_t scratch_bytes(const Geometry& g, int64_t heads) {
+    return Scratch::padded_bytes<T>(2 * g.grid_h) + Scratch::padded_bytes<T>(2 * g.grid_w + kLanes<T>) +
+           2 * Scratch::padded_bytes<T>(row_length(g)) + Scratch::padded_bytes<T>(table_length(g)) +
+           Scratch::padded_bytes<int64_t>(heads) + Scratch::padded_bytes<int8_t>(mask_bytes(g, heads));
+  }
+
+  void init(const Geometry& g, int64_t heads, Scratch& scratch) {
     geometry_ = g;
+    heads_ = heads;
+    drawn_head_ = scratch.take<int64_t>(heads);
+    for (int64_t slot = 0; slot < heads; ++slot) drawn_head_[slot] = -1;
     row_table_ = scratch.take<T>(2 * g.grid_h);
     column_table_ = scratch.take<T>(2 * g.grid_w + kLanes<T>);
-    const int64_t n = row_length(g);
-    token_row_ = scratch.take<T>(n);
-    token_column_ = scratch.take<T>(n);
-    mask_ = scratch.take<int8_t>(mask_bytes(g));
-    table_stride_ = round_to_lanes<T>(g.N) + kLanes<T>;
-    table_ = scratch.take<T>(table_length(g));
-    if (!keeps_table(g)) table_ = nullptr;
+    token_row_ = scratch.take<T>(row_length(g));
+    token_column_ = scratch.take<T>(row_length(g));
+    T* table = scratch.take<T>(table_length(g));
+    keep_all_ = scratch.take<int8_t>(mask_bytes(g, heads));
+    mask_ = keep_all_ + row_length(g);
+    if (g.dropout > 0) std::memset(keep_all_, -1, row_length(g));
     threshold_ = dropout_threshold(g.dropout);
     kept_scale_ = static_cast<T>(dropout_scale(g.dropout));
-    for (int64_t j = 0; j < n; ++j) {
+    for (int64_t j = 0; j < row_length(g); ++j) {
       const bool patch = j >= g.prefix && j < g.N;
       token_row_[j] = patch ? static_cast<T>((j - g.prefix) / g.grid_w) : T(0);
       token_column_[j] = patch ? static_cast<T>((j - g.prefix) % g.grid_w) : T(0);
+    }
+    // Zeros, with -infinity from key N on: the term of a prefix query.
+    prefix_row_ = table;
+    zeros_ = prefix_row_ + row_length(g);
+    row_terms_ = keeps_tables(g) ? zeros_ + row_length(g) : nullptr;
+    column_terms_ = keeps_tables(g) ? row_terms_ + g.grid_h * row_length(g) : nullptr;
+    for (int64_t j = 0; j < row_length(g); ++j) {
+      zeros_[j] = 0;
+      prefix_row_[j] = j < g.N ? T(0) : -std::numeric_limits<T>::infinity();
     }
   }
 
   // alpha and center of head h; the tables are in units of log 2 and hold the dropout's scale.
   void set_head(int64_t h, T alpha, T center_row, T center_column) {
     const Geometry& g = geometry_;
+    head_ = h;
     alpha_ = alpha;
     center_row_ = center_row;
     center_column_ = center_column;
     const T unit = static_cast<T>(1.4426950408889634) * (g.dropout > 0 ? kept_scale_ : T(1));
-    for (int64_t y = 1 - g.grid_h; y < g.grid_h; ++y) {
-      const T d = static_cast<T>(y);
-      row_table_[y + g.grid_h - 1] = -alpha * (d * d - 2 * center_row * d) * unit;
+    const auto part = [&](T d, T center) { return -alpha * (d * d - 2 * center * d) * unit; };
+    for (int64_t y = 1 - g.grid_h; y < g.grid_h; ++y)
+      row_table_[y + g.grid_h - 1] = part(static_cast<T>(y), center_row);
+    for (int64_t x = 1 - g.grid_w; x < g.grid_w; ++x)
+      column_table_[x + g.grid_w - 1] = part(static_cast<T>(x), center_column);
+    if (keeps_tables(g)) {
+      for (int64_t y = 0; y < g.grid_h; ++y) expand_row(row_terms_ + y * row_length(g), y);
+      for (int64_t x = 0; x < g.grid_w; ++x) expand_column(column_terms_ + x * row_length(g), x);
     }
-    for (int64_t x = 1 - g.grid_w; x < g.grid_w; ++x) {
-      const T d = static_cast<T>(x);
-      column_table_[x + g.grid_w - 1] = -alpha * (d * d - 2 * center_column * d) * unit;
+    if (keeps_masks(g)) {
+      int8_t* room = mask_ + heads_ * g.N * mask_stride(g);
+      masks_ = mask_ + (h % heads_) * g.N * mask_stride(g);
+      if (drawn_head_[h % heads_] != h)
+        for (int64_t i = g.prefix; i < g.N; ++i)
+          std::memcpy(masks_ + i * mask_stride(g), draw(i, room), mask_stride(g));
+      drawn_head_[h % heads_] = h;
     }
-    head_ = h;
-    if (g.dropout > 0 && keeps_masks(g))
-      for (int64_t i = g.prefix; i < g.N; ++i) draw(i, mask_ + i * mask_row_bytes(g));
-    if (table_)
-      for (int64_t i = 0; i < g.N; ++i) fill(table_ + i * table_stride_, i, 0, round_to_lanes<T>(g.N));
   }
 
-  // Term of queries [i0, i0 + rows) against keys [j0, j0 + n), -infinity from key N on; n is a whole number of vectors.
-  // Written to block (rows, block_stride), one vector of slack a row, unless the head's table holds it.
-  Rows<const T> terms(int64_t i0, int64_t rows, int64_t j0, int64_t n, T* block, int64_t block_stride) const {
-    if (table_) return {table_ + i0 * table_stride_ + j0, table_stride_};
-    for (int64_t r = 0; r < rows; ++r) fill(block + r * block_stride, i0 + r, j0, n);
-    return {block, block_stride};
+  // Term of query i against keys [j0, j0 + n), -infinity from key N on; n is a whole number of vectors. Where the head's
+  // tables are not kept it is written to `room` (n), and holds until the next call.
+  TermRow<T> term(int64_t i, int64_t j0, int64_t n, T* room) const {
+    const Geometry& g = geometry_;
+    if (i < g.prefix) return {prefix_row_ + j0, zeros_, keeps_all(j0)};
+    const int64_t y = (i - g.prefix) / g.grid_w, x = (i - g.prefix) % g.grid_w;
+    if (keeps_tables(g) && (g.dropout <= 0 || keeps_masks(g)))
+      return {row_terms_ + y * row_length(g) + j0, column_terms_ + x * row_length(g) + j0,
+              g.dropout > 0 ? mask_row(i) + j0 : nullptr};
+    const int8_t* keep = g.dropout > 0 ? mask_row(i) : nullptr;
+    for (int64_t t = 0; t < n; ++t) {
+      const int64_t j = j0 + t;
+      const bool patch = j >= g.prefix && j < g.N && (!keep || keep[j]);
+      room[t] = patch ? row_table_[static_cast<int64_t>(token_row_[j]) - y + g.grid_h - 1] +
+                            column_table_[static_cast<int64_t>(token_column_[j]) - x + g.grid_w - 1]
+                      : prefix_row_[j];
+    }
+    return {room, zeros_, keeps_all(j0)};
   }
 
   void clear_gradient() { sum_square_ = sum_row_ = sum_column_ = 0; }
@@ -126,61 +168,59 @@ class RelativePosition {
   }
 
  private:
-  static bool keeps_table(const Geometry& g) {
-    return g.N * (round_to_lanes<T>(g.N) + kLanes<T>) * static_cast<int64_t>(sizeof(T)) <= kTableBytes;
+  static int64_t row_length(const Geometry& g) { return round_to_lanes<T>(g.N) + kLanes<T>; }
+  static bool keeps_tables(const Geometry& g) {
+    return (g.grid_h + g.grid_w) * row_length(g) * static_cast<int64_t>(sizeof(T)) <= kTableBytes;
   }
-
-  void fill(T* dst, int64_t i, int64_t j0, int64_t n) const {
-    const Geometry& g = geometry_;
-    constexpr int W = kLanes<T>;
-    const int64_t end = j0 + n < g.N ? j0 + n : g.N;
-    const int64_t plain_end = i < g.prefix || end < g.prefix ? end : g.prefix;
-    int64_t j = j0;
-    for (; j < plain_end; j += W) store(dst + (j - j0), Vec<T>{});
-    if (i >= g.prefix) {
-      const int64_t y = (i - g.prefix) / g.grid_w, x = (i - g.prefix) % g.grid_w;
-      const int8_t* keep = g.dropout > 0 ? mask_row(i) : nullptr;
-      j = j0 > g.prefix ? j0 : g.prefix;
-      int64_t key_row = (j - g.prefix) / g.grid_w;
-      int64_t column = (j - g.prefix) % g.grid_w;
-      for (; j < end; j += g.grid_w - column, column = 0, ++key_row) {
-        const Vec<T> row_part = splat(row_table_[key_row - y + g.grid_h - 1]);
-        const T* columns = column_table_ + (g.grid_w - 1 - x) + column;
-        const int64_t count = smaller(g.grid_w - column, end - j);
-        T* out = dst + (j - j0);
-        if (keep)
-          for (int64_t c = 0; c < count; c += W) store(out + c, keep_lanes<T>(row_part + load(columns + c), keep + j + c));
-        else
-          for (int64_t c = 0; c < count; c += W) store(out + c, row_part + load(columns + c));
-      }
-    }
-    for (int64_t t = end; t < j0 + n; ++t) dst[t - j0] = -std::numeric_limits<T>::infinity();
-  }
-
   static int64_t table_length(const Geometry& g) {
-    return keeps_table(g) ? g.N * (round_to_lanes<T>(g.N) + kLanes<T>) : 0;
+    return (2 + (keeps_tables(g) ? g.grid_h + g.grid_w : 0)) * row_length(g);
+  }
+  static int64_t mask_stride(const Geometry& g) { return round_to_lanes<T>(g.N); }
+  static bool keeps_masks(const Geometry& g) { return g.dropout > 0 && g.N * mask_stride(g) <= kMaskBytes; }
+  static int64_t mask_bytes(const Geometry& g, int64_t heads) {
+    if (g.dropout <= 0) return 0;
+    return row_length(g) + (keeps_masks(g) ? heads * g.N * mask_stride(g) : 0) + dropout_row_bytes(g.N);
   }
 
-  static int64_t row_length(const Geometry& g) { return g.N + kLanes<T>; }
+  // Masks that drop nothing, in the place of those of a row.
+  const int8_t* keeps_all(int64_t j0) const { return geometry_.dropout > 0 ? keep_all_ + j0 : nullptr; }
 
-  static int64_t mask_row_bytes(const Geometry& g) { return dropout_row_bytes(g.N); }
-  static bool keeps_masks(const Geometry& g) { return g.N * mask_row_bytes(g) <= kMaskTableBytes; }
-  static int64_t mask_bytes(const Geometry& g) {
-    if (g.dropout <= 0) return 0;
-    return keeps_masks(g) ? g.N * mask_row_bytes(g) : mask_row_bytes(g);
+  // The part in rows of a query in grid row y against every key; -infinity behind the last.
+  void expand_row(T* dst, int64_t y) const {
+    const Geometry& g = geometry_;
+    T* out = dst + g.prefix;
+    for (int64_t key_row = 0; key_row < g.grid_h; ++key_row, out += g.grid_w) {
+      const Vec<T> part = splat(row_table_[key_row - y + g.grid_h - 1]);
+      for (int64_t c = 0; c < g.grid_w; c += kLanes<T>) store(out + c, part);
+    }
+    for (int64_t j = 0; j < g.prefix; ++j) dst[j] = 0;
+    for (int64_t j = g.N; j < row_length(g); ++j) dst[j] = prefix_row_[j];
+  }
+
+  // The part in columns of a query in grid column x against every key.
+  void expand_column(T* dst, int64_t x) const {
+    const Geometry& g = geometry_;
+    const T* columns = column_table_ + (g.grid_w - 1 - x);
+    T* out = dst + g.prefix;
+    for (int64_t key_row = 0; key_row < g.grid_h; ++key_row, out += g.grid_w)
+      for (int64_t c = 0; c < g.grid_w; c += kLanes<T>) store(out + c, load(columns + c));
+    for (int64_t j = 0; j < g.prefix; ++j) dst[j] = 0;
+    for (int64_t j = g.N; j < row_length(g); ++j) dst[j] = 0;
   }
 
   uint64_t first_element(int64_t i) const {
     return (static_cast<uint64_t>(head_) * geometry_.N + i) * static_cast<uint64_t>(geometry_.N);
   }
 
+  // Masks of row i, every element behind the last kept.
   const int8_t* draw(int64_t i, int8_t* into) const {
-    return dropout_row(into, geometry_.N, first_element(i), geometry_.seed, kRpeDropoutStream, threshold_);
+    int8_t* row = dropout_row(into, geometry_.N, first_element(i), geometry_.seed, kRpeDropoutStream, threshold_);
+    std::memset(row + geometry_.N, -1, kLanes<T>);
+    return row;
   }
 
   const int8_t* mask_row(int64_t i) const {
-    if (!keeps_masks(geometry_)) return draw(i, mask_);
-    return mask_ + i * mask_row_bytes(geometry_) + (first_element(i) & 3);
+    return keeps_masks(geometry_) ? masks_ + i * mask_stride(geometry_) : draw(i, mask_);
   }
 
   Geometry geometry_;
@@ -191,9 +231,15 @@ class RelativePosition {
   T* column_table_ = nullptr;  // (2 grid_w - 1) over the column offset
   T* token_row_ = nullptr;     // grid row of each token
   T* token_column_ = nullptr;  // grid column of each token
-  int8_t* mask_ = nullptr;     // a head's dropout masks by rows, or one row
-  T* table_ = nullptr;         // (N, table_stride_), a head's terms, or null
-  int64_t table_stride_ = 0;
+  T* prefix_row_ = nullptr;
+  T* zeros_ = nullptr;
+  T* row_terms_ = nullptr;     // (grid_h, row_length), or null
+  T* column_terms_ = nullptr;  // (grid_w, row_length), or null
+  int64_t heads_ = 1;               // heads whose masks are kept, in slot h % heads_
+  int64_t* drawn_head_ = nullptr;   // (heads_,)
+  int8_t* keep_all_ = nullptr;      // (row_length,)
+  int8_t* mask_ = nullptr;          // (heads_, N, mask_stride) dropout masks where they are kept, then room for one row
+  int8_t* masks_ = nullptr;         // those of this head
   double sum_square_ = 0, sum_row_ = 0, sum_column_ = 0;
 };
 
