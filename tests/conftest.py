@@ -1,0 +1,47 @@
+"""Fixtures of every operator's tests: where its kernels run, and memory that is poisoned before they do."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from helpers import Target, kernel_targets
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target" in metafunc.fixturenames:
+        metafunc.parametrize("target", kernel_targets(), ids=str, indirect=True)
+
+
+@pytest.fixture
+def target(request: pytest.FixtureRequest):
+    """One place where kernels run (instruction set or GPU), forced for the test; skips with the reason where it cannot."""
+    target: Target = request.param
+    reason = target.why_not()
+    if reason:
+        pytest.skip(reason)
+    with target.forced():
+        yield target
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Every tensor that torch allocates uninitialised is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def restored_threads():
+    """Puts torch's number of threads back."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,417 @@
+"""mhca_attention: its numbers against the reference in float64, on every instruction set and on the GPU."""
+
+import math
+
+import pytest
+import torch
+from helpers import (
+    DTYPES,
+    Target,
+    assert_twofold,
+    expanded,
+    kernel_targets,
+    max_error,
+    packed,
+    sliced,
+    squarest_grid,
+    transposed_rows,
+    value_and_grads,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastib.ops import mhca_attention
+from fastib.reference import mhca_attention_ref
+from fastib.reference.mhca_attention import ATTN_STREAM, RPE_STREAM, position_term
+from fastib.reference.philox import keep_factor, keep_mask
+
+NAMES = ("out", "grad_q", "grad_k", "grad_v", "grad_alpha", "grad_center")
+TOKENS = (1, 2, 63, 65, 197, 257, 577)
+HEAD_DIMS = (8, 16, 24, 32, 48, 64, 80, 128)
+
+
+class Problem:
+    """Inputs of one call, the same on every device, and its exact answer."""
+
+    def __init__(self, batch, heads, grid, head_dim, dtype, *, prefix=1, seed=0, logits=1.0, **options):
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*size):
+            return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+        tokens = prefix + grid[0] * grid[1]
+        self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
+        self.grid, self.options = grid, {"num_prefix_tokens": prefix, **options}
+        q, k, v, self.grad_out = (normal(batch, heads, tokens, head_dim).to(dtype) for _ in range(4))
+        alpha = normal(heads).exp() * 0.5
+        self.inputs = [q * logits, k, v, alpha.to(self.wide), normal(heads, 2).to(self.wide)]
+
+    def call(self, function, inputs=None, grad_out=None, **options):
+        grad_out = self.grad_out if grad_out is None else grad_out
+        inputs = self.inputs if inputs is None else inputs
+        return value_and_grads(lambda *x: function(*x, self.grid, **self.options, **options), inputs, grad_out)
+
+    def kernel(self, target: Target, inputs=None, grad_out=None):
+        inputs, grad_out = inputs or self.inputs, self.grad_out if grad_out is None else grad_out
+        return self.call(
+            mhca_attention, [t.to(target.device) for t in inputs], grad_out.to(target.device), backend=target.backend
+        )
+
+    def reference(self, inputs=None, grad_out=None):
+        return self.call(mhca_attention_ref, inputs, grad_out)
+
+    def exact(self, inputs=None, grad_out=None):
+        inputs, grad_out = inputs or self.inputs, self.grad_out if grad_out is None else grad_out
+        return self.reference([t.double() for t in inputs], grad_out.double())
+
+    def floors(self, inputs, grad_out):
+        """What rounding costs by itself, to first order: the roundings of all terms of a sum, added in quadrature.
+
+        A product of a sum has a few roundings of half a unit each, together one unit of the dtype; a score has as many
+        in the precision of the softmax, which move its probability by as much as the score is large. Cancellation
+        (dS sums to 0) makes this more than the rounding of the result. Images or rows that are alike err alike.
+        """
+        q, k, v, alpha, center = (t.double() for t in inputs)
+        grad_out, options = grad_out.double(), {"scale": None, "rpe_dropout": 0.0, "attn_dropout": 0.0, **self.options}
+        (batch, heads, tokens, head_dim), prefix = q.shape, options["num_prefix_tokens"]
+        scale = head_dim**-0.5 if options["scale"] is None else options["scale"]
+        rpe, attn = (options[name] for name in ("rpe_dropout", "attn_dropout"))
+        keep_rpe = keep_attn = torch.ones(())
+        if rpe:
+            keep_rpe = keep_mask(options["seed"], (heads, tokens, tokens), rpe, RPE_STREAM) * keep_factor(rpe)
+        if attn:
+            keep_attn = keep_mask(options["seed"], (batch, heads, tokens, tokens), attn, ATTN_STREAM) * keep_factor(
+                attn
+            )
+        bias = position_term(alpha, center, self.grid, prefix) * keep_rpe
+        still = position_term(alpha, torch.zeros_like(center), self.grid, prefix) * keep_rpe
+        parts = still.abs() + (bias - still).abs()
+        logits = scale * q @ k.mT + bias
+        score = 1 + abs(scale) * _root(q, k.mT) + parts + logits.logsumexp(-1, keepdim=True).abs()
+        p = logits.softmax(-1)
+        kept = p * keep_attn
+        unit, soft = torch.finfo(self.dtype).eps, torch.finfo(self.wide).eps
+        rounding = unit + soft * score
+        d_score = (
+            p * (_root(grad_out, v.mT) * keep_attn + (grad_out * (kept @ v)).square().sum(-1, True).sqrt()) * rounding
+        )
+        reach = (position_term(alpha.sign() + (alpha == 0), center, self.grid, prefix) * keep_rpe).abs()
+        d_position = d_score * keep_rpe
+        span = 2 * alpha.abs().max() * max(*self.grid, 1)
+        alike = [n**0.5 if stride == 0 else 1.0 for n, stride in zip(q.shape, inputs[0].stride(), strict=True)]
+        floors = (
+            _root(kept * rounding, v),
+            abs(scale) * _root(d_score, k),
+            abs(scale) * _root(d_score.mT, q),
+            _root((kept * rounding).mT, grad_out),
+            alike[0] * (d_position * reach).square().sum((0, 2, 3)).sqrt(),
+            alike[0] * span * d_position.square().sum((0, 2, 3)).sqrt(),
+        )
+        return [t.max().item() * alike[2] * alike[3] for t in floors]
+
+    def check(self, target, inputs=None, grad_out=None):
+        inputs, grad_out = inputs or self.inputs, self.grad_out if grad_out is None else grad_out
+        actual, exact = self.kernel(target, inputs, grad_out), self.exact(inputs, grad_out)
+        if (
+            self.dtype == torch.float64
+        ):  # what float32 loses here, at the scale of float64; the exact answer loses as much
+            single = [t.float() for t in inputs]
+            same, single_exact = self.reference(single, grad_out.float()), self.exact(single, grad_out.float())
+            shrink = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+            same = [e + 1.5 * (s - x) * shrink for s, x, e in zip(same, single_exact, exact, strict=True)]
+        else:
+            same = self.reference(inputs, grad_out)
+        for name, floor, *values in zip(NAMES, self.floors(inputs, grad_out), actual, same, exact, strict=True):
+            assert values[0].dtype == self.dtype or name in ("grad_alpha", "grad_center")
+            assert values[0].device.type == target.device
+            assert_twofold(*values, self.dtype, floor, name)
+
+
+def _root(a, b):
+    """a @ b with terms added in quadrature."""
+    return (a.square() @ b.square()).sqrt()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_values_and_gradients(target, tokens, head_dim, dtype):
+    batch, heads = (2, 2) if tokens < 200 else (1, 2)
+    if target.device == "cuda" and dtype == torch.float64:
+        pytest.skip("float64 on the GPU is the reference")
+    Problem(batch, heads, squarest_grid(tokens - 1), head_dim, dtype, seed=tokens + head_dim).check(target)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(
+    ("batch", "heads", "grid", "prefix"),
+    [
+        (1, 1, (1, 1), 0),
+        (3, 1, (1, 1), 2),
+        (2, 3, (0, 0), 5),
+        (1, 2, (1, 37), 1),
+        (1, 2, (37, 1), 3),
+        (3, 5, (4, 9), 0),
+        (2, 2, (9, 4), 2),
+        (2, 2, (6, 7), 9),
+        (5, 3, (3, 3), 1),
+    ],
+)
+def test_grids_and_prefixes(target, batch, heads, grid, prefix, dtype):
+    Problem(batch, heads, grid, 16, dtype, prefix=prefix).check(target)
+
+
+@pytest.mark.parametrize("head_dim", [1, 2, 3, 5, 7, 9, 17, 33, 40, 63, 65, 72, 96, 100, 127, 129, 192, 256])
+def test_any_head_dim(target, head_dim):
+    Problem(2, 2, (5, 6), head_dim, torch.float32).check(target)
+
+
+def test_long_sequence(target):
+    Problem(1, 1, (40, 40), 16, torch.float32, prefix=0).check(target)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize(("rpe", "attn"), [(0.1, 0.0), (0.0, 0.25), (0.3, 0.2), (0.999, 0.0), (0.0, 0.999)])
+@pytest.mark.parametrize(("grid", "prefix"), [((14, 14), 1), ((3, 5), 2)])
+def test_dropout(target, grid, prefix, rpe, attn, dtype):
+    seed = torch.tensor([-(2**62) + 12345])
+    problem = Problem(2, 3, grid, 16, dtype, prefix=prefix, rpe_dropout=rpe, attn_dropout=attn)
+    problem.options["seed"] = seed.item()
+    problem.check(target)
+
+
+def test_everything_dropped(target):
+    """With attn_dropout = 1 the result is 0; with rpe_dropout = 1 it is plain attention."""
+    problem = Problem(2, 2, (4, 4), 8, torch.float32, attn_dropout=1.0, seed=3)
+    assert all(not t.any() for t in problem.kernel(target))
+    problem = Problem(2, 2, (4, 4), 8, torch.float32, rpe_dropout=1.0)
+    out, *_, grad_alpha, grad_center = problem.kernel(target)
+    plain = torch.nn.functional.scaled_dot_product_attention(*(t.double() for t in problem.inputs[:3]))
+    assert max_error(out, plain) < 1e-6
+    assert not grad_alpha.any() and not grad_center.any()
+
+
+@pytest.mark.parametrize("p", [0.25, 0.7])
+def test_masks_are_the_shared_philox(target, p):
+    """Both masks read off the result, bit for bit."""
+    batch, heads, grid, tokens = 3, 2, (3, 5), 16
+    zeros = torch.zeros(batch, heads, tokens, tokens, device=target.device)
+    identity = torch.eye(tokens, device=target.device).expand_as(zeros)
+    alpha, center = torch.full((heads,), 0.05), torch.full((heads, 2), 0.3)
+    alpha, center = alpha.to(target.device), center.to(target.device)
+
+    attn = mhca_attention(
+        zeros, zeros, identity, 0 * alpha, center, grid, attn_dropout=p, seed=77, backend=target.backend
+    )
+    assert torch.equal(attn.cpu() != 0, keep_mask(77, (batch, heads, tokens, tokens), p, ATTN_STREAM))
+
+    attn = mhca_attention(zeros, zeros, identity, alpha, center, grid, rpe_dropout=p, seed=77, backend=target.backend)
+    dropped = (attn == attn[..., :1]).cpu()  # a score of 0, like the class token's
+    kept = keep_mask(77, (heads, tokens, tokens), p, RPE_STREAM) & (position_term(alpha, center, grid).cpu() != 0)
+    assert torch.equal(~dropped, kept.expand(batch, -1, -1, -1))
+
+
+def test_seed_forms_agree(target):
+    problem = Problem(2, 2, (4, 4), 8, torch.float32, rpe_dropout=0.3, attn_dropout=0.3)
+    inputs = [t.to(target.device) for t in problem.inputs]
+    options = {"rpe_dropout": 0.3, "attn_dropout": 0.3, "backend": target.backend}
+    by_int = mhca_attention(*inputs, 4, seed=9, **options)
+    assert torch.equal(by_int, mhca_attention(*inputs, (4, 4), seed=torch.tensor(9).to(target.device), **options))
+    assert torch.equal(by_int, mhca_attention(*inputs, [4, 4], seed=torch.tensor([[9]]).to(target.device), **options))
+    torch.manual_seed(1)
+    first, second = mhca_attention(*inputs, 4, **options), mhca_attention(*inputs, 4, **options)
+    torch.manual_seed(1)
+    assert torch.equal(first, mhca_attention(*inputs, 4, **options)) and not torch.equal(first, second)
+
+
+LAYOUTS = {
+    "packed": lambda q, k, v, g: (*packed(q, k, v), g),
+    "sliced": lambda *t: tuple(map(sliced, t)),
+    "rows_not_dense": lambda *t: tuple(map(transposed_rows, t)),
+    "heads_last": lambda *t: tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in t),
+    "expanded": lambda *t: tuple(map(expanded, t)),
+    "one_row": lambda *t: tuple(x[:, :, :1].expand(x.shape) for x in t),
+    "one_number": lambda *t: tuple(x[:1, :1, :1, :1].expand(x.shape) for x in t),
+    "expanded_grad_out": lambda q, k, v, g: (q, k, v, g[:1, :1, :1, :1].expand(g.shape)),
+    "reversed_batch": lambda *t: tuple(torch.stack(list(x.flip(0)), dim=-1).movedim(-1, 0).flip(0) for x in t),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(target, layout, dtype):
+    """Views give what their dense copies give, for the inputs and for the gradient that comes back."""
+    problem = Problem(3, 2, (6, 7), 24, dtype)
+    q, k, v, grad_out = LAYOUTS[layout](*problem.inputs[:3], problem.grad_out)
+    alpha = torch.stack([problem.inputs[3]] * 3, dim=1)[:, 1]
+    center = problem.inputs[4].T.contiguous().T
+    problem.check(target, [q, k, v, alpha, center], grad_out)
+
+
+def test_result_layout(target):
+    """(B, H, N, D) is stored as a dense (B, N, H, D), and so are the gradients of the native operator."""
+    problem = Problem(2, 3, (4, 4), 8, torch.float32)
+    inputs = [t.to(target.device) for t in problem.inputs]
+    out = mhca_attention(*inputs, 4, backend=target.backend)
+    assert out.transpose(1, 2).is_contiguous()
+    options = (None, 4, 4, 1, 0.5, 0.0, 0.0)
+    out, lse = torch.ops.fastib.mhca_attention(*inputs, *options)
+    assert lse.is_contiguous() and lse.shape == (2, 3, 17) and lse.dtype == torch.float32
+    grads = torch.ops.fastib.mhca_attention_backward(out, *inputs, out, lse, *options)
+    assert all(t.transpose(1, 2).is_contiguous() for t in grads[:3]) and all(t.is_contiguous() for t in grads[3:])
+
+
+def test_log_sum_exp(target):
+    problem = Problem(2, 2, (5, 5), 16, torch.float32)
+    q, k, v, alpha, center = (t.to(target.device) for t in problem.inputs)
+    _, lse = torch.ops.fastib.mhca_attention(q, k, v, alpha, center, None, 5, 5, 1, 0.25, 0.0, 0.0)
+    scores = 0.25 * q.double() @ k.double().mT + position_term(alpha.double(), center.double(), (5, 5))
+    assert max_error(lse, scores.logsumexp(-1)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid", "prefix"),
+    [((0, 2, 5, 8), 2, 1), ((2, 0, 5, 8), 2, 1), ((2, 2, 0, 8), 0, 0), ((2, 2, 5, 0), 2, 1), ((2, 2, 0, 8), (0, 7), 0)],
+)
+def test_empty(target, shape, grid, prefix):
+    inputs = [torch.randn(shape) for _ in range(3)] + [torch.ones(shape[1]), torch.ones(shape[1], 2)]
+    inputs = [t.to(target.device) for t in inputs]
+    for dropout in (0.0, 0.5):
+        out, *grads = value_and_grads(
+            lambda *x, p=dropout: mhca_attention(
+                *x, grid, num_prefix_tokens=prefix, backend=target.backend, rpe_dropout=p, attn_dropout=p
+            ),
+            inputs,
+        )
+        assert out.shape == shape
+        for grad, t in zip(grads, inputs, strict=True):
+            assert grad.shape == t.shape and not grad.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("rpe", [0.0, 0.2])
+def test_poisoned_memory(target, poisoned_memory, rpe, dtype):
+    """Neither fresh memory nor what a call full of NaN has left behind shows in a result."""
+    problem = Problem(2, 2, (5, 7), 24, dtype, rpe_dropout=rpe)
+    problem.options["seed"] = 4
+    poison = Problem(2, 2, (9, 9), 80, dtype)
+    poison.inputs = [torch.full_like(t, math.nan) for t in poison.inputs]
+    poison.kernel(target)
+    problem.check(target)
+
+
+def test_same_bits_twice_and_with_any_thread_count(target, restored_threads):
+    """Also where one image is computed alone: a mask knows the batch index, so that is without attention dropout."""
+    problem = Problem(5, 3, (9, 9), 16, torch.float32, rpe_dropout=0.2)
+    problem.options["seed"] = 11
+    results = []
+    for threads in (1, 2, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(problem.kernel(target))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    q, k, v, alpha, center = problem.inputs
+    alone = problem.kernel(target, [q[2:3], k[2:3], v[2:3], alpha, center], problem.grad_out[2:3])
+    assert all(torch.equal(a, b[2:3]) for a, b in zip(alone[:4], results[0][:4], strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"rpe_dropout": 0.3, "attn_dropout": 0.2, "seed": 5}, {"scale": -0.7}])
+def test_gradcheck(target, options):
+    if target.device == "cuda":
+        pytest.skip("float64 on the GPU is the reference")
+    problem = Problem(2, 2, (2, 3), 5, torch.float64, prefix=2)
+    inputs = [t.requires_grad_() for t in problem.inputs]
+    assert torch.autograd.gradcheck(
+        lambda *x: mhca_attention(*x, (2, 3), num_prefix_tokens=2, backend=target.backend, **options), inputs
+    )
+
+
+def test_only_some_gradients(target):
+    """Any one input may be the only one that is learned; its gradient has the same bits as among all."""
+    problem = Problem(2, 2, (4, 4), 8, torch.float32)
+    _, *grads = problem.kernel(target)
+    for index, expected in enumerate(grads):
+        inputs = [t.to(target.device) for t in problem.inputs]
+        inputs[index] = inputs[index].requires_grad_()
+        out = mhca_attention(*inputs, 4, backend=target.backend)
+        out.backward(problem.grad_out.to(target.device))
+        assert torch.equal(inputs[index].grad, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("logits", [100.0, 1e4])
+def test_large_logits(target, logits, dtype):
+    if dtype == torch.float16 and logits > 1e3:
+        pytest.skip("q would overflow float16")
+    Problem(2, 2, (5, 6), 16, dtype, logits=logits, prefix=2).check(target)
+
+
+@pytest.mark.parametrize("alpha", [-30.0, -1.0, 0.0, 1e-30, 30.0])
+def test_extreme_alpha(target, alpha):
+    problem = Problem(2, 2, (14, 14), 16, torch.float32)
+    problem.inputs[3] = torch.full_like(problem.inputs[3], alpha)
+    problem.check(target)
+
+
+@pytest.mark.parametrize("alpha", [-1e30, -1e6, 1e6, 1e30])
+def test_huge_alpha_stays_finite(target, alpha):
+    problem = Problem(2, 2, (14, 14), 16, torch.float32)
+    problem.inputs[3] = torch.full_like(problem.inputs[3], alpha)
+    assert all(t.isfinite().all() for t in problem.kernel(target)[:4])
+
+
+def test_large_alpha_attends_to_center(target):
+    problem = Problem(1, 2, (7, 7), 8, torch.float32)
+    problem.inputs[3] = torch.full((2,), 1e4)
+    problem.inputs[4] = torch.tensor([[1.0, 0.0], [1.0, -1.0]])
+    out, *_ = problem.kernel(target)
+    v = problem.inputs[2][0, :, 1:].reshape(2, 7, 7, 8)
+    patches = out[0, :, 1:].reshape(2, 7, 7, 8).cpu()
+    assert torch.equal(patches[0, :-1], v[0, 1:])
+    assert torch.equal(patches[1, :-1, 1:], v[1, 1:, :-1])
+
+
+@pytest.mark.parametrize("where", range(5))
+def test_nan_stays_where_it_belongs(target, where):
+    """NaN in gives NaN out, in the image and head it is in, and nowhere else."""
+    problem = Problem(2, 2, (5, 5), 8, torch.float32)
+    problem.inputs[where] = problem.inputs[where].clone()
+    problem.inputs[where].view(-1)[3 if where < 3 else 0] = math.nan
+    actual, exact = problem.kernel(target), problem.exact()
+    assert torch.equal(actual[0].cpu().isnan(), exact[0].isnan())
+    for name, ours, theirs in zip(NAMES[1:], actual[1:], exact[1:], strict=True):
+        assert torch.equal(ours.cpu().isnan(), theirs.isnan()), name
+
+
+def test_low_precision_position_parameters(target):
+    """A module cast to bfloat16 has a bfloat16 alpha: computed in float32, gradients in the dtype it came in."""
+    problem = Problem(2, 2, (4, 4), 8, torch.bfloat16)
+    low = [*problem.inputs[:3], *(t.to(torch.bfloat16) for t in problem.inputs[3:])]
+    actual = problem.kernel(target, low)
+    assert all(t.dtype == torch.bfloat16 for t in actual)
+    upcast = problem.kernel(target, [*low[:3], *(t.float() for t in low[3:])])
+    assert all(torch.equal(a, b.to(torch.bfloat16)) for a, b in zip(actual, upcast, strict=True))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+@pytest.mark.parametrize("where", kernel_targets(), ids=str)
+def test_any_shape_layout_and_dtype(where, data):
+    if where.why_not():
+        pytest.skip(where.why_not())
+    batch, heads, prefix = (data.draw(st.integers(1, n)) for n in (4, 5, 4))
+    grid = (data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9)))
+    head_dim, dtype = (
+        data.draw(st.integers(1, 70)),
+        data.draw(st.sampled_from(DTYPES[: 3 if where.device == "cuda" else 4])),
+    )
+    options = {
+        "rpe_dropout": data.draw(st.sampled_from([0.0, 0.1, 0.6])),
+        "attn_dropout": data.draw(st.sampled_from([0.0, 0.1, 0.6])),
+        "scale": data.draw(st.sampled_from([None, 0.1, -1.0, 0.0])),
+    }
+    problem = Problem(batch, heads, grid, head_dim, dtype, prefix=prefix - 1, **options)
+    problem.options["seed"] = data.draw(st.integers(-(2**63), 2**63 - 1))
+    q, k, v, grad_out = LAYOUTS[data.draw(st.sampled_from(list(LAYOUTS)))](*problem.inputs[:3], problem.grad_out)
+    with where.forced():
+        problem.check(where, [q, k, v, *problem.inputs[3:]], grad_out)
