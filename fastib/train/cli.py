@@ -14,7 +14,11 @@ from fastib.train.errors import ConfigError, HarnessError, Stopped
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 for an error shown on stderr, 128 + signal for a stopped run."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)  # argparse leaves words that follow an option
+    if any(word.startswith("-") for word in rest) or (rest and arguments.run is not _train):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
     try:
         return arguments.run(arguments) or 0
     except Stopped as stopped:
@@ -31,14 +35,15 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a student with a method", description=(
         "Train a student. Options are key=value with the keys of the recipe, for example "
         "model.name=vit_tiny_patch16_224 optim.lr=1e-3 data.train_fraction=0.1"))  # fmt: skip
-    train.add_argument("method", nargs="?", help="see `fastib info`")
+    train.add_argument("words", nargs="*", metavar="METHOD key=value", help="see `fastib info` for the methods")
     teacher = commands.add_parser("teacher", help="train a CNN teacher")
+    teacher.add_argument("words", nargs="*", metavar="key=value")
+    train.set_defaults(method=None)
     teacher.set_defaults(method="teacher")
     for command in (train, teacher):
         command.add_argument("--recipe", help="a recipe of the method, or a YAML file")
         command.add_argument("--data", help="a folder of images, or digits")
         command.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
-        command.add_argument("options", nargs="*", metavar="key=value")
         command.set_defaults(run=_train)
     evaluate = commands.add_parser("eval", help="evaluate the student of a finished run")
     evaluate.add_argument("folder", metavar="RUN")
@@ -52,10 +57,9 @@ def _train(arguments) -> None:
     from fastib.train.config import load_config
     from fastib.train.loop import resume, train
 
-    options = list(arguments.options)
-    method = arguments.method
-    if method is not None and "=" in method:
-        method, options = None, [method, *options]
+    method, options = arguments.method, [*arguments.words, *arguments.rest]
+    if method is None and options and "=" not in options[0]:
+        method = options.pop(0)
     if arguments.resume is not None:
         if options or arguments.recipe or arguments.data:
             raise ConfigError("a resumed run keeps its configuration: give --resume alone")

@@ -214,6 +214,8 @@ def _read_yaml(path: Path):
 
 
 def _read_override(override: str):
+    if "=" not in override:
+        raise ConfigError(f"cannot read the override {override!r}: expected key=value")
     try:
         return OmegaConf.from_dotlist([override])
     except Exception as error:

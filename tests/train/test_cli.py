@@ -45,6 +45,8 @@ def test_info_lists_what_there_is(capsys):
         (["train", "dearkd", "method.teacher=teacher.pth"], "never loaded"),
         (["train", "plain", "--resume", "gone"], "cannot resume gone"),
         (["train", "plain", "--resume", "gone", "epochs=3"], "give --resume alone"),
+        (["train", "--resume", "gone", "plain", "epochs=3"], "give --resume alone"),
+        (["train", "plain", "dearkd"], "cannot read the override 'dearkd'"),
         (["eval", "gone"], "cannot read gone/config.yaml"),
     ],
 )

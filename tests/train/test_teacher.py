@@ -76,9 +76,7 @@ def test_models_get_the_image_size_where_it_is_fixed():
     vit = build_model("vit_tiny_patch16_224", img_size=12, **spec)
     assert vit.patch_embed.grid_size == (3, 3)
     assert vit(torch.zeros(2, 1, 12, 12)).shape == (2, 3)
-    with pytest.raises(
-        ConfigError, match="timm has no model 'vit_tini_patch16_224'; did you mean vit_tiny_patch16_224, "
-    ):
+    with pytest.raises(ConfigError, match="no model 'vit_tini_patch16_224'; did you mean vit_tiny_patch16_224, "):
         build_model("vit_tini_patch16_224", img_size=12, **spec)
     with pytest.raises(ConfigError, match=r"cannot build the model resnet18 with .*embed_dim"):
         build_model("resnet18", img_size=12, **spec)
