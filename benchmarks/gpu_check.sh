@@ -51,7 +51,8 @@ step() {
     return 1
   fi
   echo "== $name: $*" | tee -a "$log"
-  timeout --kill-after=10 "$allowed" "$@" >>"$log" 2>&1
+  # pytest answers an interrupt with the summary of what it has done.
+  timeout --signal=INT --kill-after=10 "$allowed" "$@" >>"$log" 2>&1
   status=$?
   local last
   last=$(grep -a -v '^[[:space:]]*$' "$log" | tail -n 1 | cut -c 1-150)
@@ -104,7 +105,7 @@ bench() {
   fi
   [ $dry_run -eq 1 ] && options+=(--quick -k "D16 and not memory or host")
   # A case that has begun is finished: what it may still take stays out of the budget.
-  step bench "$budget" "$PYTHON" -m pytest benchmarks "${options[@]}" --bench-budget $((budget * 3 / 4))
+  step bench "$budget" "$PYTHON" -m pytest benchmarks "${options[@]}" --bench-budget $((budget > 120 ? budget - 40 : budget * 2 / 3))
 }
 
 report() {

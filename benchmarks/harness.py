@@ -28,12 +28,14 @@ class Peer:
         With `checking` the step uses the case's shared random mask; without, it draws a new one, as training does.
         Raises Unavailable where the peer cannot run.
     gated: whether results must agree with the reference. A peer that computes less only has to be finite.
+    slow_to_build: left out first where a session's time is short.
     """
 
     name: str
     build: Callable[[], Step]
     gated: bool = True
     note: str = ""
+    slow_to_build: bool = False
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -93,6 +93,16 @@ class House:
             self.ceilings[device] = measure_ceilings(device)
         return self.ceilings[device]
 
+    def hurried(self, peer: Peer) -> Peer:
+        """The peer; in the second half of the session's time, one that is slow to build is listed as left out."""
+        if not peer.slow_to_build or self.time_left() > 0.5 * (self.options.budget or 0):
+            return peer
+
+        def left_out():
+            raise Unavailable(f"left out to end within {self.options.budget:g} s")
+
+        return replace(peer, build=left_out)
+
     def measure(self, job: Job, wanted: Sequence[str]) -> dict[str, Measurement]:
         """Checks and times the wanted peers of a job, interleaved; the first call does the work.
 
@@ -103,7 +113,7 @@ class House:
         if self.time_left() < 0:
             raise Unavailable(f"the session's {self.options.budget:g} s are used up")
         ceilings = self.ceilings_of(job.device)
-        peers = [peer for peer in job.peers if peer.name in wanted]
+        peers = [self.hurried(peer) for peer in job.peers if peer.name in wanted]
         steps, seen = admit(peers, job.reference(), job.allowed)
         cuda = job.device == "cuda"
         timer = job.timer or (CudaTimer() if cuda else cpu_timer)

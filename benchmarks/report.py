@@ -44,6 +44,13 @@ def title(case: dict) -> str:
     return f"{case['op']} {case['mode']}, {shape}, {case['dtype']}{drop}{layout}"
 
 
+def time_text(milliseconds: float | None) -> str:
+    """Three digits, and never an exponent; - where nothing was measured."""
+    if milliseconds is None:
+        return "-"
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+
+
 def size_text(size: int | None) -> str:
     """Bytes in MiB."""
     return "" if size is None else f"{size / 2**20:.3g}"
@@ -63,7 +70,7 @@ def peer_rows(case: dict) -> list[list[str]]:
         rows.append(
             [
                 name,
-                f"{peer['median_ms']:.4g}",
+                time_text(peer["median_ms"]),
                 f"{peer['spread']:.0%}",
                 f"{ours / peer['median_ms']:.2f}" if ours else "",
                 f"{peer['gflops']:.0f}" if "gflops" in peer else "",
@@ -162,8 +169,8 @@ def markdown(stored: dict) -> str:
         goal = "; ".join(
             f"{'-' if ratio is None else f'{ratio:.2f}'} of {limit:g}" for limit, ratio in goal_outcomes(case, cases)
         )
-        shown = " | ".join("-" if cell is None else f"{cell:.3g}" for cell in cells)
-        lines.append(f"| {title(case)} | {'-' if ours is None else f'**{ours:.3g}**'} | {shown} | {goal} |")
+        shown = " | ".join(time_text(cell) for cell in cells)
+        lines.append(f"| {title(case)} | **{time_text(ours)}** | {shown} | {goal} |")
     rows = memory_rows(cases)
     if rows:
         lines += ["", "Peak extra MiB of a training step (B=1):", ""]
