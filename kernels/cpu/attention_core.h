@@ -16,7 +16,7 @@
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 
-inline constexpr int64_t kQueryBlock = 24;
+inline constexpr int64_t kQueryBlock = 48;
 inline constexpr int64_t kKeyBlock = 320;
 inline constexpr double kLog2e = 1.4426950408889634;
 
@@ -116,7 +116,7 @@ class AttentionCore {
   template <typename E, typename Term>
   void backward(const AttentionGradInputs<E>& x, const T* lse, const AttentionGrads<E>& grad, uint64_t first_element, Term& term) {
     pack_rows(k_, width_, x.forward.k, s_.N, s_.D);
-    pack_columns(k_columns_, x.forward.k, s_.N, s_.D);
+    pack_columns(k_columns_, Rows<const T>{k_, width_}, s_.N, s_.D);
     pack_columns(v_columns_, x.forward.v, s_.N, s_.D);
     for (int64_t i = 0; i < s_.N * width_; ++i) grad_k_[i] = grad_v_[i] = 0;
     for (int64_t i0 = 0; i0 < s_.N; i0 += kQueryBlock) {

@@ -30,42 +30,63 @@ inline PhiloxLanes multiply_low(PhiloxLanes a, PhiloxLanes b) {
 #endif
 }
 
-// Masks of the four elements of each counter [block, block + kPhiloxLanes), a byte each.
-inline PhiloxPacked keep_four(uint64_t block, uint64_t seed, uint32_t stream, uint32_t threshold) {
-  PhiloxLanes counter;
-  for (int64_t l = 0; l < kPhiloxLanes; ++l) counter[l] = block + static_cast<uint64_t>(l);
-  const PhiloxLanes multiplier0 = PhiloxLanes{} + 0xD2511F53u, multiplier1 = PhiloxLanes{} + 0xCD9E8D57u;
-  PhiloxLanes c0 = counter, c1 = counter >> 32, c2 = PhiloxLanes{} + stream, c3{};
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-#pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round) {
-    const PhiloxLanes product0 = multiply_low(c0, multiplier0), product1 = multiply_low(c2, multiplier1);
-    c0 = (product1 >> 32) ^ c1 ^ k0;
-    c1 = product1;
-    c2 = (product0 >> 32) ^ c3 ^ k1;
-    c3 = product0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+// The round keys of a seed, each in every lane.
+struct PhiloxKeys {
+  explicit PhiloxKeys(uint64_t seed) {
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+      key0[round] = PhiloxLanes{} + k0;
+      key1[round] = PhiloxLanes{} + k1;
+    }
   }
+  PhiloxLanes key0[10], key1[10];
+};
+
+inline constexpr int kPhiloxChains = 2;  // vectors of counters advanced side by side: one round waits on the last
+
+// Masks of the four elements of each counter [block, block + kPhiloxChains * kPhiloxLanes), a byte each, to dst.
+inline void keep_fours(int8_t* dst, uint64_t block, const PhiloxKeys& keys, uint32_t stream, uint32_t threshold) {
+  PhiloxLanes lane;
+  for (int64_t l = 0; l < kPhiloxLanes; ++l) lane[l] = static_cast<uint64_t>(l);
+  const PhiloxLanes multiplier0 = PhiloxLanes{} + 0xD2511F53u, multiplier1 = PhiloxLanes{} + 0xCD9E8D57u;
+  PhiloxLanes c0[kPhiloxChains], c1[kPhiloxChains], c2[kPhiloxChains], c3[kPhiloxChains];
+  for (int c = 0; c < kPhiloxChains; ++c) {
+    c0[c] = lane + (block + static_cast<uint64_t>(c * kPhiloxLanes));
+    c1[c] = c0[c] >> 32;
+    c2[c] = PhiloxLanes{} + stream;
+    c3[c] = PhiloxLanes{};
+  }
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round)
+#pragma GCC unroll 4
+    for (int c = 0; c < kPhiloxChains; ++c) {
+      const PhiloxLanes product0 = multiply_low(c0[c], multiplier0), product1 = multiply_low(c2[c], multiplier1);
+      c0[c] = (product1 >> 32) ^ c1[c] ^ keys.key0[round];
+      c1[c] = product1;
+      c2[c] = (product0 >> 32) ^ c3[c] ^ keys.key1[round];
+      c3[c] = product0;
+    }
   const auto keep = [threshold](PhiloxLanes word, uint32_t byte) {
     return (PhiloxLanes)((word & 0xFFFFFFFFu) >= threshold) & byte;
   };
-  return __builtin_convertvector(keep(c0, 0xFFu) | keep(c1, 0xFF00u) | keep(c2, 0xFF0000u) | keep(c3, 0xFF000000u),
-                                 PhiloxPacked);
+  for (int c = 0; c < kPhiloxChains; ++c) {
+    const PhiloxPacked bytes = __builtin_convertvector(
+        keep(c0[c], 0xFFu) | keep(c1[c], 0xFF00u) | keep(c2[c], 0xFF0000u) | keep(c3[c], 0xFF000000u), PhiloxPacked);
+    std::memcpy(dst + c * sizeof(bytes), &bytes, sizeof(bytes));
+  }
 }
 
 // Bytes of scratch that dropout_row needs for n elements, vector overrun included.
-inline int64_t dropout_row_bytes(int64_t n) { return n + 4 * kPhiloxLanes + 8 + kVectorBytes; }
+inline int64_t dropout_row_bytes(int64_t n) { return n + 4 * kPhiloxChains * kPhiloxLanes + 8 + kVectorBytes; }
 
 // Fills scratch with the masks of elements [first, first + n) and returns where `first` stands in it.
 inline int8_t* dropout_row(int8_t* scratch, int64_t n, uint64_t first, uint64_t seed, uint32_t stream,
                            uint32_t threshold) {
   const uint64_t block_begin = first >> 2;
   const uint64_t block_end = (first + static_cast<uint64_t>(n) + 3) >> 2;
-  for (uint64_t block = block_begin; block < block_end; block += kPhiloxLanes) {
-    const PhiloxPacked bytes = keep_four(block, seed, stream, threshold);
-    std::memcpy(scratch + 4 * (block - block_begin), &bytes, sizeof(bytes));
-  }
+  const PhiloxKeys keys(seed);
+  for (uint64_t block = block_begin; block < block_end; block += kPhiloxChains * kPhiloxLanes)
+    keep_fours(scratch + 4 * (block - block_begin), block, keys, stream, threshold);
   return scratch + (first & 3);
 }
 
