@@ -254,3 +254,33 @@ def test_pytest_benchmark_holds_the_interleaved_samples(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout
+
+
+def test_compiled_peers_are_left_out_first(monkeypatch):
+    rooms = house.House(house.Options(budget=100.0))
+    slow = harness.Peer("compiled", lambda: right_step, slow_to_build=True)
+    fast = harness.Peer("fastib", lambda: right_step)
+    assert rooms.hurried(slow) is slow
+    rooms.start -= 60.0
+    _, seen = harness.admit([rooms.hurried(slow), rooms.hurried(fast)], right_step(True), {"out": 1e-3, "grad": 1e-3})
+    assert seen["compiled"].reason == "left out to end within 100 s" and seen["fastib"].status == "ok"
+    assert house.House(house.Options()).hurried(slow) is slow
+
+
+def test_every_case_names_its_peers_and_goals_once():
+    bench = module("bench_mhca_attention")
+    for device in ("cpu", "cuda"):
+        cases = bench.cases(device)
+        jobs = [bench.make_job(case, None, quick=False) for case in cases]
+        assert len({job.key for job in jobs}) == len(jobs)
+        for job in jobs:
+            names = [peer.name for peer in job.peers]
+            assert names[0] == "fastib" and len(set(names)) == len(names)
+            assert {name for goal in job.goals for name in goal.against} <= {*names, "eager low"}
+            assert {goal.case for goal in job.goals} <= {"", *(other.key for other in jobs)}
+
+
+def test_the_memory_checkers_small_case_passes_its_gate():
+    job = module("bench_mhca_attention").small_job("cpu")
+    _, seen = harness.admit(job.peers[:1], job.reference(), job.allowed)
+    assert seen["fastib"].status == "ok", seen["fastib"].reason
