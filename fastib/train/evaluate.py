@@ -17,7 +17,7 @@ from fastib.train.errors import CheckpointError
 from fastib.train.runs import CONFIG, STUDENT
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(forward, loader, accelerator, valid: int | None = None) -> dict[str, float]:
     """Mean cross entropy, top-1 and top-5 accuracy in percent, over the images of all processes.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
 import warnings
@@ -14,9 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, send_to_device
-from timm.data import Mixup
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
 from fastib.methods import get_method
@@ -27,6 +25,7 @@ from fastib.train.data import build_data
 from fastib.train.errors import CheckpointError, ConfigError, DivergedError, Stopped
 from fastib.train.evaluate import evaluate
 from fastib.train.metrics import Metrics, Screen
+from fastib.train.optim import make_mixup, make_optimizer, make_scheduler
 from fastib.train.runs import CONFIG, RESULT, STUDENT, Signals, fresh_folder
 from fastib.train.seeding import STEP, seed_all
 from fastib.train.state import gather_state, gather_weights, restore_state
@@ -67,6 +66,8 @@ class Trainer:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=cls.find_unused_parameters)],
         )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        if self.world != int(os.environ.get("WORLD_SIZE", 1)):
+            raise ConfigError(f"{os.environ['WORLD_SIZE']} processes were started, but accelerate joined {self.world}")
         torch.use_deterministic_algorithms(config.deterministic)
         seed_all(config.seed)
         self.data = build_data(config.data, config.seed, self.rank)
@@ -94,11 +95,7 @@ class Trainer:
     def _prepare(self, method) -> None:
         config = self.config
         method.to(self.accelerator.device).train()
-        optim = config.optim
-        optimizer = create_optimizer_v2(
-            method, opt=optim.opt, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum,
-            filter_bias_and_bn=optim.filter_bias_and_bn, **optim.kwargs,
-        )  # fmt: skip
+        optimizer = make_optimizer(method, config.optim)
         self.ema = None
         if config.ema.decay:
             if self.accelerator.is_fsdp2:
@@ -108,44 +105,23 @@ class Trainer:
             method.compile()
         self.model, self.optimizer = self.accelerator.prepare(method, optimizer)
         self.method = self.accelerator.unwrap_model(self.model)
-        self.scheduler = self._scheduler()
-        augment = config.data.augment
-        self.mixup = None
-        if augment.mixup or augment.cutmix or augment.smoothing:
-            if (config.data.batch_size // (config.grad_accum * self.world)) % 2:
-                raise ConfigError("mixup, cutmix and smoothing need an even number of images in each micro-batch")
-            self.mixup = Mixup(
-                mixup_alpha=augment.mixup, cutmix_alpha=augment.cutmix, switch_prob=augment.mixup_switch_prob,
-                prob=augment.mixup_prob if augment.mixup or augment.cutmix else 0.0, mode=augment.mixup_mode,
-                label_smoothing=augment.smoothing, num_classes=config.data.num_classes,
-            )  # fmt: skip
-
-    def _scheduler(self):
-        """timm's schedule in steps. It is a function of the step, so it needs no place in a checkpoint."""
-        sched, epoch = self.config.sched, self.steps_per_epoch
-        options = dict(sched.kwargs)
-        if sched.decay_epochs is not None:
-            options["decay_epochs"] = sched.decay_epochs * epoch
-        if "decay_milestones" in options:
-            options["decay_milestones"] = [milestone * epoch for milestone in options["decay_milestones"]]
-        scheduler, _ = create_scheduler_v2(
-            self.optimizer, sched=sched.sched, num_epochs=max(self.total - round(sched.cooldown_epochs * epoch), 1),
-            warmup_epochs=round(sched.warmup_epochs * epoch), warmup_lr=sched.warmup_lr, min_lr=sched.min_lr,
-            decay_rate=sched.decay_rate, step_on_epochs=False, updates_per_epoch=1, **options,
-        )  # fmt: skip
-        return scheduler
+        self.scheduler = make_scheduler(self.optimizer, config.sched, self.total, self.steps_per_epoch)
+        self.mixup = make_mixup(config, self.world)
 
     def _folder(self, resume_from: Path | None) -> Path:
         if resume_from is not None:
             return resume_from
-        folder = None
+        found: list = [None]
         if self.accelerator.is_main_process:
-            folder = fresh_folder(self.config)
-        folder = broadcast_object_list([folder])[0]
+            try:
+                found = [fresh_folder(self.config)]
+            except ConfigError as error:
+                found = [error]
+        folder = broadcast_object_list(found)[0]
         if isinstance(folder, ConfigError):
             raise folder
         self.config.output = str(folder)
-        return Path(folder)
+        return folder
 
     def _restore(self) -> None:
         """Load the newest checkpoint that can be read; say so where it is not the newest one there is."""
@@ -311,6 +287,8 @@ class Trainer:
             loader, valid = self.data.eval_loader(self.config.data, self.rank, self.world)
             scores = evaluate(model, loader, self.accelerator, valid)
             row |= {f"{prefix}/{name}": value for name, value in scores.items()}
+        if self.accelerator.is_fsdp2:
+            self.method.reshard()  # the root's weights stay whole after a forward pass without a backward pass
         self.method.train()
         return row
 

@@ -19,22 +19,31 @@ from fastib.train.errors import CheckpointError
 
 
 def gather_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The whole state dict on the CPU, under the unwrapped module's names. Every process must call this."""
+    """The whole state dict on the CPU, under the unwrapped module's names; only sure to be there on the main process.
+
+    Every process must call this.
+    """
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def gather_state(accelerator, model, optimizer) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Tensors per file of a checkpoint, and the part that goes into JSON. Every process must call this."""
+    """Tensors per file of a checkpoint, and the part that goes into JSON; empty but on the main process.
+
+    Every process must call this.
+    """
+    weights = gather_weights(model)
     if accelerator.is_fsdp2:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         optim = get_optimizer_state_dict(model, optimizer.optimizer, options=options)
     else:
         optim = optimizer.state_dict()
+    if not accelerator.is_main_process:
+        return {}, {}
     tensors, rest = flatten_optimizer(optim)
     state = {"optimizer": rest, "sharded": accelerator.is_fsdp2}
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler.state_dict()
-    return {"model": gather_weights(model), "optimizer": tensors}, state
+    return {"model": weights, "optimizer": tensors}, state
 
 
 def restore_state(accelerator, model, optimizer, tensors: dict, state: dict[str, Any], folder: Path) -> None:
