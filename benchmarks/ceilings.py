@@ -46,7 +46,8 @@ def cpu_loop_gflops(name: str, seconds: float = 0.5) -> float:
     flops = loop(1)
     if not flops:
         raise Unavailable("this processor has no such instruction")
-    threads, iterations, best = torch.get_num_threads(), 50_000, 0.0
+    # Four milliseconds at 100 GFLOP/s: much longer than it takes to start the threads.
+    threads, iterations, best = torch.get_num_threads(), int(4e8 / flops), 0.0
     with ThreadPoolExecutor(threads) as pool:
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
