@@ -46,14 +46,16 @@ def cpu_loop_gflops(name: str, seconds: float = 0.5) -> float:
     flops = loop(1)
     if not flops:
         raise Unavailable("this processor has no such instruction")
-    # Four milliseconds at 100 GFLOP/s: much longer than it takes to start the threads.
-    threads, iterations, best = torch.get_num_threads(), int(4e8 / flops), 0.0
+    threads, best = torch.get_num_threads(), 0.0
     with ThreadPoolExecutor(threads) as pool:
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            start = time.perf_counter()
-            list(pool.map(loop, [iterations] * threads))
-            best = max(best, threads * iterations * flops / (time.perf_counter() - start) * 1e-9)
+        # Long runs outlast the start of the threads, short ones fit between two interruptions: the best of both counts.
+        for work in (1e8, 1e9):
+            iterations = int(work / flops)
+            end = time.perf_counter() + seconds / 2
+            while time.perf_counter() < end:
+                start = time.perf_counter()
+                list(pool.map(loop, [iterations] * threads))
+                best = max(best, threads * iterations * flops / (time.perf_counter() - start) * 1e-9)
     return best
 
 
