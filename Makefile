@@ -38,7 +38,7 @@ format: $(INSTALLED)
 # The C++ kernels and their tests alone, under AddressSanitizer with UBSan, then under ThreadSanitizer.
 sanitize: $(INSTALLED)
 	PATH="$$PATH:$(abspath $(BIN))"; for kind in address,undefined thread; do \
-	  cmake -G Ninja -S . -B build/sanitize-$$kind -DFASTIB_SANITIZE=$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo && \
+	  cmake -G Ninja -S . -B build/sanitize-$$kind -DFASTIB_SANITIZE=$$kind && \
 	  cmake --build build/sanitize-$$kind && ctest --test-dir build/sanitize-$$kind --output-on-failure || exit 1; \
 	done
 
