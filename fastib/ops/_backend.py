@@ -25,8 +25,9 @@ class Op:
 
     def __init__(self, name: str, gpu: str):
         self.name, self.gpu = name, gpu
-        self.cpu_default = "cpu" if self._why_no_cpu_code() is None else "reference"
-        self.gpu_default = gpu if self._why_no_gpu_code() is None else "reference"
+        self.no_cpu_code, self.no_gpu_code = self._why_no_cpu_code(), self._why_no_gpu_code()
+        self.cpu_default = "reference" if self.no_cpu_code else "cpu"
+        self.gpu_default = "reference" if self.no_gpu_code else gpu
         OPS[name] = self
 
     def _has_kernel(self, key: str) -> bool:
@@ -50,12 +51,12 @@ class Op:
         if backend == "reference":
             return None
         if backend == "cpu":
-            return self._why_no_cpu_code()
+            return self.no_cpu_code
         if backend != self.gpu:
             return f"the GPU implementation of {self.name} is {self.gpu!r}"
         if not torch.cuda.is_available():
             return "no CUDA device"
-        return self._why_no_gpu_code()
+        return self.no_gpu_code
 
     def choose(self, backend: str | None, x: Tensor) -> str:
         """The backend that runs an input like `x`. Raises RuntimeError where the one asked for cannot."""
