@@ -10,7 +10,7 @@ class Aligner(nn.Module):
     """Map content tokens to a CNN feature map (DearKD Sec. 3.1, Fig. 3).
 
     reshape -> bilinear interpolation -> depth-wise convolution -> pointwise convolution -> LayerNorm -> ReLU. A
-    depth-wise convolution cannot change the number of channels, so a pointwise one follows it.
+    depth-wise convolution cannot change the number of channels, so a pointwise one (a linear layer) follows it.
 
     Args:
         dim: channels of the student's tokens.
@@ -28,7 +28,7 @@ class Aligner(nn.Module):
             raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
         dd = {"device": device, "dtype": dtype}
         self.depthwise = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, **dd)
-        self.pointwise = nn.Conv2d(dim, out_dim, 1, **dd)
+        self.pointwise = nn.Linear(dim, out_dim, **dd)
         self.norm = nn.LayerNorm(out_dim, **dd)
 
     def forward(self, tokens: Tensor, grid_size: tuple[int, int], out_size: tuple[int, int]) -> Tensor:
@@ -39,5 +39,5 @@ class Aligner(nn.Module):
         x = tokens.transpose(1, 2).reshape(batch, dim, *grid_size)
         if tuple(grid_size) != tuple(out_size):
             x = F.interpolate(x, size=tuple(out_size), mode="bilinear", align_corners=False)
-        x = self.pointwise(self.depthwise(x))
-        return F.relu(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        x = self.depthwise(x).permute(0, 2, 3, 1)
+        return F.relu(self.norm(self.pointwise(x))).permute(0, 3, 1, 2)
