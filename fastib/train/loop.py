@@ -165,9 +165,10 @@ class Trainer:
     def _summary(self) -> str:
         parameters = sum(p.numel() for p in self.method.student.parameters())
         start = f", going on at step {self.step}" if self.step else ""
+        devices = f"{self.world} x {self.accelerator.device.type}"
         return (
             f"{self.config.model.name} ({parameters / 1e6:.2f} M parameters), {len(self.data.train)} training and "
-            f"{len(self.data.eval)} test images, {self.total} steps on {self.world} x {self.accelerator.device}{start}"
+            f"{len(self.data.eval)} test images, {self.total} steps on {devices}{start}"
         )
 
     def _loop(self) -> None:
