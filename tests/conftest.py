@@ -18,7 +18,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def target(request: pytest.FixtureRequest):
-    """One place where kernels run (instruction set or GPU), forced for the test; skips with the reason where it cannot."""
+    """One place where kernels run, instruction set or GPU, forced for the test; skips, saying why, where it cannot."""
     target: Target = request.param
     reason = target.why_not()
     if reason:

@@ -84,7 +84,10 @@ class Problem:
                 attn
             )
         bias = position_term(alpha, center, self.grid, prefix) * keep_rpe
-        still = position_term(alpha, torch.zeros_like(center), self.grid, prefix) * keep_rpe
+        still, down, right = (
+            position_term(alpha, torch.tensor(c, dtype=torch.float64).expand(heads, 2), self.grid, prefix) * keep_rpe
+            for c in ([0.0, 0.0], [1.0, 0.0], [0.0, 1.0])
+        )
         parts = still.abs() + (bias - still).abs()
         logits = scale * q @ k.mT + bias
         score = 1 + abs(scale) * _root(q, k.mT) + parts + logits.logsumexp(-1, keepdim=True).abs()
@@ -95,19 +98,20 @@ class Problem:
         d_score = (
             p * (_root(grad_out, v.mT) * keep_attn + (grad_out * (kept @ v)).square().sum(-1, True).sqrt()) * rounding
         )
-        reach = (position_term(alpha.sign() + (alpha == 0), center, self.grid, prefix) * keep_rpe).abs()
-        d_position = d_score * keep_rpe
-        span = 2 * alpha.abs().max() * max(*self.grid, 1)
+        to_alpha = position_term(torch.ones_like(alpha), center, self.grid, prefix) * keep_rpe
         alike = [n**0.5 if stride == 0 else 1.0 for n, stride in zip(q.shape, inputs[0].stride(), strict=True)]
         floors = (
             _root(kept * rounding, v),
             abs(scale) * _root(d_score, k),
             abs(scale) * _root(d_score.mT, q),
             _root((kept * rounding).mT, grad_out),
-            alike[0] * (d_position * reach).square().sum((0, 2, 3)).sqrt(),
-            alike[0] * span * d_position.square().sum((0, 2, 3)).sqrt(),
+            *(
+                alike[0] * (d_score * reach).square().sum((0, 2, 3)).sqrt()
+                for reach in (to_alpha, torch.maximum((down - still).abs(), (right - still).abs()))
+            ),
         )
-        return [t.max().item() * alike[2] * alike[3] for t in floors]
+        wider = 2 if self.dtype == torch.float64 else 1  # nothing wider to add up in
+        return [t.max().item() * alike[2] * alike[3] * wider for t in floors]
 
     def check(self, target, inputs=None, grad_out=None):
         inputs, grad_out = inputs or self.inputs, self.grad_out if grad_out is None else grad_out
