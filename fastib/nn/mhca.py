@@ -21,29 +21,17 @@ class MHCA(nn.Module):
     on half offsets around it, and alpha = locality_strength. The heads beyond the k * k share center 0 and
     alpha = locality_strength / k^2: a Gaussian k times as wide, which spans the window that the others divide.
 
-    dim: channels. grid_size: patches (grid_h, grid_w); may be reassigned. num_prefix_tokens: tokens before the patches.
-    attn_drop, proj_drop: as in timm's Attention. rpe_drop: dropout of the position term (DearKD does not state it).
-    backend: of `fastib.ops.mhca_attention`.
-
-    Parameters: qkv and proj (named and shaped as in timm), alpha (num_heads,), center (num_heads, 2). alpha and center
-    want no weight decay. ValueError where dim is not a multiple of num_heads.
+    dim: channels. grid_size: patches (grid_h, grid_w), may be reassigned. num_prefix_tokens: tokens before the patches.
+    rpe_drop: dropout of the position term; DearKD does not state its rate. backend: of `fastib.ops.mhca_attention`.
+    Parameters: qkv and proj as in timm's Attention, alpha (num_heads,), center (num_heads, 2); the last two want no
+    weight decay. ValueError where dim is not a multiple of num_heads.
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        grid_size: int | tuple[int, int] = (14, 14),
-        num_prefix_tokens: int = 1,
-        qkv_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        rpe_drop: float = 0.1,
-        locality_strength: float = 1.0,
-        backend: str | None = None,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ):
+        self, dim: int, num_heads: int = 8, grid_size: int | tuple[int, int] = (14, 14), num_prefix_tokens: int = 1,
+        qkv_bias: bool = True, attn_drop: float = 0.0, proj_drop: float = 0.0, rpe_drop: float = 0.1,
+        locality_strength: float = 1.0, backend: str | None = None, device: Any = None, dtype: Any = None,
+    ):  # fmt: skip
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"MHCA: dim must be a multiple of num_heads, got dim={dim}, num_heads={num_heads}")
@@ -67,17 +55,16 @@ class MHCA(nn.Module):
     def reset_position(self) -> None:
         """Puts alpha and center where the class says they start."""
         side = math.isqrt(self.num_heads)
-        self.alpha.fill_(self.locality_strength / side**2)
-        self.alpha[: side * side] = self.locality_strength
-        head = torch.arange(side * side, device=self.center.device)
-        self.center.zero_()
-        self.center[: side * side, 0] = (head // side - (side - 1) / 2).to(self.center.dtype)
-        self.center[: side * side, 1] = (head % side - (side - 1) / 2).to(self.center.dtype)
+        window = side * side
+        head = torch.arange(window, dtype=self.center.dtype, device=self.center.device)
+        places = torch.stack((head.div(side, rounding_mode="floor"), head % side), dim=1) - (side - 1) / 2
+        self.alpha.fill_(self.locality_strength / window)[:window] = self.locality_strength
+        self.center.zero_()[:window] = places
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x, result: (B, N, dim). ValueError for a mask, and where the N tokens do not fill the grid.
 
-        Where N fits another square (an image of another size), a square grid_size gives way to it.
+        Where N fits another square, as for an image of another size, a square grid_size gives way to it.
         """
         if attn_mask is not None or is_causal:
             raise ValueError("MHCA: attn_mask must be None and is_causal False; masks are not supported")
@@ -85,18 +72,11 @@ class MHCA(nn.Module):
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = mhca_attention(
-            self.q_norm(q),
-            self.k_norm(k),
-            v,
-            self.alpha,
-            self.center,
-            self._grid(tokens),
-            num_prefix_tokens=self.num_prefix_tokens,
-            scale=self.scale,
+            self.q_norm(q), self.k_norm(k), v, self.alpha, self.center, self._grid(tokens),
+            num_prefix_tokens=self.num_prefix_tokens, scale=self.scale, backend=self.backend,
             rpe_dropout=self.rpe_drop.p if self.rpe_drop.training else 0.0,
             attn_dropout=self.attn_drop.p if self.attn_drop.training else 0.0,
-            backend=self.backend,
-        )
+        )  # fmt: skip
         out = self.norm(out.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
@@ -109,9 +89,9 @@ class MHCA(nn.Module):
         side = math.isqrt(max(patches, 0))
         if grid_h == grid_w and side * side == patches:
             return side, side
+        expected = f"{self.num_prefix_tokens} + {grid_h} x {grid_w} tokens"
         raise ValueError(
-            f"MHCA: x must have {self.num_prefix_tokens} + {grid_h} x {grid_w} tokens, got N={tokens}; "
-            "set grid_size where the patch grid has changed"
+            f"MHCA: x must have {expected}, got N={tokens}; set grid_size where the patch grid has changed"
         )
 
     def extra_repr(self) -> str:
