@@ -38,8 +38,9 @@ format: $(INSTALLED)
 # The C++ kernels and their tests alone, under AddressSanitizer with UBSan, then under ThreadSanitizer.
 sanitize: $(INSTALLED)
 	PATH="$$PATH:$(abspath $(BIN))"; for kind in address,undefined thread; do \
-	  cmake -G Ninja -S . -B build/sanitize-$$kind -DFASTIB_SANITIZE=$$kind && \
-	  cmake --build build/sanitize-$$kind && ctest --test-dir build/sanitize-$$kind --output-on-failure || exit 1; \
+	  folder=build/sanitize-$${kind%,*}; \
+	  cmake -G Ninja -S . -B $$folder -DFASTIB_SANITIZE=$$kind && \
+	  cmake --build $$folder && ctest --test-dir $$folder --output-on-failure || exit 1; \
 	done
 
 gpu-check:
