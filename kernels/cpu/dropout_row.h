@@ -3,9 +3,6 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #include "../common/philox.h"
 #include "simd.h"

@@ -5,6 +5,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 
@@ -30,7 +33,6 @@ struct Simd<float> {
   static constexpr int lanes = kVectorBytes / 4;
   typedef float vec __attribute__((vector_size(kVectorBytes)));
   typedef int32_t ivec __attribute__((vector_size(kVectorBytes)));
-  typedef int8_t bytes __attribute__((vector_size(kVectorBytes / 4)));
 };
 
 template <>
@@ -38,7 +40,6 @@ struct Simd<double> {
   static constexpr int lanes = kVectorBytes / 8;
   typedef double vec __attribute__((vector_size(kVectorBytes)));
   typedef int64_t ivec __attribute__((vector_size(kVectorBytes)));
-  typedef int8_t bytes __attribute__((vector_size(kVectorBytes / 8)));
 };
 
 template <typename T>
@@ -64,14 +65,30 @@ inline Vec<T> splat(T x) {
   return x - Vec<T>{};
 }
 
+// One byte a lane, sign extended. The compiler's own conversion goes through general registers, element by element.
+template <typename T>
+inline typename Simd<T>::ivec widen_bytes(const int8_t* p) {
+  using I = typename Simd<T>::ivec;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (I)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+  if constexpr (sizeof(T) == 8) return (I)_mm512_cvtepi8_epi64(_mm_loadl_epi64((const __m128i*)p));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return (I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  if constexpr (sizeof(T) == 8) return (I)_mm256_cvtepi8_epi64(_mm_loadu_si32(p));
+#elif defined(__SSE4_1__)
+  if constexpr (sizeof(T) == 4) return (I)_mm_cvtepi8_epi32(_mm_loadu_si32(p));
+  if constexpr (sizeof(T) == 8) return (I)_mm_cvtepi8_epi64(_mm_loadu_si16(p));
+#else
+  I wide;
+  for (int l = 0; l < kLanes<T>; ++l) wide[l] = p[l];
+  return wide;
+#endif
+}
+
 // Keeps the lanes whose byte is -1 and zeroes those whose byte is 0.
 template <typename T>
 inline Vec<T> keep_lanes(Vec<T> x, const int8_t* bytes) {
-  using S = Simd<T>;
-  typename S::bytes narrow;
-  std::memcpy(&narrow, bytes, sizeof(narrow));
-  const auto mask = __builtin_convertvector(narrow, typename S::ivec);
-  return (Vec<T>)((typename S::ivec)x & mask);
+  return (Vec<T>)((typename Simd<T>::ivec)x & widen_bytes<T>(bytes));
 }
 
 template <typename T>
