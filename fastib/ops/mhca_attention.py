@@ -114,31 +114,32 @@ def _check_grid(grid_size: int | tuple[int, int]) -> tuple[int, int]:
 def _check_tensors(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, center: Tensor, grid_h: int, grid_w: int, num_prefix_tokens: int
 ) -> None:
-    if q.dim() != 4:
-        raise invalid(_NAME, "q", "of shape (B, H, N, D)", tuple(q.shape))
-    heads, tokens = q.shape[1], q.shape[2]
-    expected = (("k", k, q.shape), ("v", v, q.shape), ("alpha", alpha, (heads,)), ("center", center, (heads, 2)))
-    for name, tensor, shape in expected:
-        if tensor.shape != shape:
-            raise invalid(_NAME, name, f"of shape {tuple(shape)}, as q is {tuple(q.shape)}", tuple(tensor.shape))
-        check_device(_NAME, name, tensor, q.device)
-    if q.dtype not in _backend.DTYPES:
-        raise invalid(_NAME, "q", "float32, bfloat16, float16 or float64", q.dtype)
-    if k.dtype != q.dtype:
-        raise invalid(_NAME, "k", f"{q.dtype} like q", k.dtype)
-    if v.dtype != q.dtype:
-        raise invalid(_NAME, "v", f"{q.dtype} like q", v.dtype)
+    shape, dtype, device = q.shape, q.dtype, q.device
+    if len(shape) != 4:
+        raise invalid(_NAME, "q", "of shape (B, H, N, D)", tuple(shape))
+    if k.shape != shape or v.shape != shape or alpha.shape != shape[1:2] or center.shape != (shape[1], 2):
+        expected = {"k": (k, shape), "v": (v, shape), "alpha": (alpha, shape[1:2]), "center": (center, (shape[1], 2))}
+        for name, (tensor, size) in expected.items():
+            if tensor.shape != size:
+                raise invalid(_NAME, name, f"of shape {tuple(size)}, as q is {tuple(shape)}", tuple(tensor.shape))
+    if dtype not in _backend.DTYPES:
+        raise invalid(_NAME, "q", "float32, bfloat16, float16 or float64", dtype)
+    if k.dtype != dtype:
+        raise invalid(_NAME, "k", f"{dtype} like q", k.dtype)
+    if v.dtype != dtype:
+        raise invalid(_NAME, "v", f"{dtype} like q", v.dtype)
     if not alpha.is_floating_point():
         raise invalid(_NAME, "alpha", "floating point", alpha.dtype)
     if not center.is_floating_point():
         raise invalid(_NAME, "center", "floating point", center.dtype)
+    if k.device != device or v.device != device or alpha.device != device or center.device != device:
+        for name, tensor in {"k": k, "v": v, "alpha": alpha, "center": center}.items():
+            check_device(_NAME, name, tensor, device)
     if num_prefix_tokens < 0:
         raise invalid(_NAME, "num_prefix_tokens", "0 or more", num_prefix_tokens)
-    if tokens != num_prefix_tokens + grid_h * grid_w:
-        raise invalid(
-            _NAME, "q", f"of {num_prefix_tokens + grid_h * grid_w} tokens "
-            f"(num_prefix_tokens={num_prefix_tokens} + grid_size {grid_h} x {grid_w})", f"N={tokens}",
-        )  # fmt: skip
+    if shape[2] != num_prefix_tokens + grid_h * grid_w:
+        tokens = f"of {num_prefix_tokens + grid_h * grid_w} tokens (num_prefix_tokens={num_prefix_tokens} + grid_size "
+        raise invalid(_NAME, "q", tokens + f"{grid_h} x {grid_w})", f"N={shape[2]}")
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
