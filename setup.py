@@ -95,13 +95,15 @@ class CMakeBuild(build_ext):
         compiler, torch, cmake, ninja = find_compiler(), find_torch(), find_tool("cmake"), find_tool("ninja")
         if not compiler:
             raise Absent("no C++ compiler when fastib was installed: install g++ 11 or clang 14, then reinstall")
-        if not (cmake and ninja):
+        if not (cmake and (ninja or find_tool("make"))):
             raise Absent("no cmake or no ninja when fastib was installed: pip install cmake ninja, then reinstall")
         if not torch:
             raise Absent("no torch 2.11 or later when fastib was installed: install torch, then reinstall")
-        build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        generator = "Ninja" if ninja else "Unix Makefiles"
+        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        build = ROOT / "build" / (tag if ninja else f"{tag}-make")
         options = {
-            "CMAKE_MAKE_PROGRAM": ninja,
+            "CMAKE_MAKE_PROGRAM": ninja or find_tool("make"),
             "CMAKE_BUILD_TYPE": "Release",
             "FASTIB_TORCH_DIR": torch,
             "FASTIB_PYTHON_INCLUDE": sysconfig.get_path("include"),
@@ -110,7 +112,7 @@ class CMakeBuild(build_ext):
             "FASTIB_CUDA_ARCHS": os.environ.get("FASTIB_CUDA_ARCHS", "80;90;100;120"),
             "FASTIB_TESTS": "OFF",
         }
-        configure = [cmake, "-G", "Ninja", "-S", ROOT, "-B", build, *(f"-D{k}={v}" for k, v in options.items())]
+        configure = [cmake, "-G", generator, "-S", ROOT, "-B", build, *(f"-D{k}={v}" for k, v in options.items())]
         subprocess.run(list(map(str, configure)), check=True)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.run([cmake, "--build", str(build), "-j", jobs], check=True)
