@@ -1,13 +1,47 @@
-"""Tile sizes of the Triton mhca_attention kernels: one small table, no tuning at run time."""
+"""Host side of the Triton mhca_attention kernels: what they take, and one small table of tile sizes."""
 
+import contextlib
+import functools
 from typing import NamedTuple
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_TOKENS, MAX_DIM = 1 << 20, 256
+MAX_ROW_STRIDE = 1 << 25
+RESIDENT_TOKENS = 256  # K and V of this many tokens, 64 wide and 16-bit, take 64 KB
 
 
 class Tile(NamedTuple):
-    block_m: int  # tokens of the side that a program owns
-    block_n: int  # tokens of the side that it walks along; at most 64
+    block_m: int  # tokens that a program owns
+    block_n: int  # tokens of a step along the other side; at most 64
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+
+def forward_tile(chip: int, itemsize: int, tokens: int, dim: int, attn_dropout: bool) -> tuple[Tile, int]:
+    """The tile, and the number of full tiles of keys if one program keeps all K and V of a head on chip, else 0.
+
+    chip: major compute capability. dim: what block_dim gives. Random bits take registers: tiles are smaller with them.
+    """
+    if itemsize == 4:
+        return Tile(32 if dim <= 64 else 16, 32, 8, 1, 255), 0
+    if attn_dropout or dim > 128:
+        return Tile(64, 32, 4 if dim <= 128 else 8, 1), 0
+    if chip not in (9, 10):
+        return Tile(64, 32, 4, 2), 0
+    if dim <= 64 and 64 < tokens <= RESIDENT_TOKENS:
+        return Tile(64, 32, 4, 1), tokens // 32
+    return Tile(64, 64, 4, 2), 0
+
+
+def backward_tile(chip: int, itemsize: int, dim: int, attn_dropout: bool) -> Tile:
+    if itemsize == 4:
+        return Tile(32 if dim <= 32 else 16, 32, 8, 1, 255)
+    if chip in (9, 10) and dim <= 64 and not attn_dropout:
+        return Tile(64, 32, 4, 2)
+    return Tile(64, 32, 8, 1)
 
 
 def block_dim(head_dim: int) -> int:
@@ -21,17 +55,29 @@ def tail(tokens: int, block: int) -> int:
     return 0 if rest == 0 else min(block, max(16, 1 << (rest - 1).bit_length()))
 
 
-def forward_tile(itemsize: int, dim: int) -> Tile:
-    if itemsize == 4:
-        return Tile(32, 32, 4, 1)
-    if dim <= 64:
-        return Tile(64, 64, 4, 2)
-    return Tile(64, 64, 4, 2) if dim <= 128 else Tile(64, 32, 8, 1)
+def check_supported(q: torch.Tensor) -> None:
+    if q.dtype not in DTYPES:
+        raise RuntimeError(f"mhca_attention: the Triton kernels take float32, bfloat16 or float16, got {q.dtype}")
+    if q.shape[2] > MAX_TOKENS or q.shape[3] > MAX_DIM:
+        limits = f"N <= {MAX_TOKENS} and D <= {MAX_DIM}"
+        raise RuntimeError(f"mhca_attention: the Triton kernels take {limits}, got {tuple(q.shape)}")
 
 
-def backward_tile(itemsize: int, dim: int) -> Tile:
-    if itemsize == 4:
-        return Tile(32, 32, 4, 1)
-    if dim <= 64:
-        return Tile(64, 64, 4, 2)
-    return Tile(64, 32, 8, 1)
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """x, copied where its rows are not dense or so far apart that 32 bits do not reach across a tile."""
+    _, _, row, column = x.stride()
+    return x if (column == 1 or x.shape[3] == 1) and row < MAX_ROW_STRIDE else x.contiguous()
+
+
+def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def _major(device: int) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def chip_of(x: torch.Tensor) -> int:
+    """Major compute capability; Hopper's where Triton interprets on a CPU."""
+    return _major(x.get_device()) if x.is_cuda else 9

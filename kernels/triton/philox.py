@@ -41,3 +41,9 @@ def keep_bits(seed, stream: tl.constexpr, first, threshold, COLS: tl.constexpr):
     bits = tl.sum(inner, axis=1).to(tl.uint64, bitcast=True) >> shift.to(tl.uint64)
     last = _group_bits(seed, stream, group + COLS // 4, threshold)
     return bits.to(tl.int64, bitcast=True) | ((last << 1) << (COLS - 1 - shift))
+
+
+def threshold_and_factor(p: float) -> tuple[int, float]:
+    """Dropout with probability p: the least word that is kept, a uint32 as int32, and the factor of what is kept."""
+    threshold = min(int(p * 4294967296.0), 0xFFFFFFFF)
+    return threshold - (threshold >> 31 << 32), 1.0 / (1.0 - p) if p < 1.0 else 0.0
