@@ -47,7 +47,6 @@ BAD = {
     "q of integers": ({"q": torch.ones(B, H, N, D, dtype=torch.int64)}, "q must be float32"),
     "k shorter": ({"k": torch.randn(B, H, N - 1, D)}, "k must have shape"),
     "k of another dtype": ({"k": torch.randn(B, H, N, D).double()}, "k must be Float"),
-    "k on another device": ({"k": torch.randn(B, H, N, D, device="meta")}, "k"),
     "v of other heads": ({"v": torch.randn(B, H + 1, N, D)}, "v must have shape"),
     "v sparse": ({"v": torch.randn(B, H, N, D).to_sparse()}, "v|Sparse"),
     "alpha of half the heads": ({"alpha": torch.rand(H - 1)}, "alpha must have shape"),
