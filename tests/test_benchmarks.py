@@ -252,7 +252,7 @@ def test_pytest_benchmark_holds_the_interleaved_samples(tmp_path):
         "    assert benchmark.stats.stats.data == pytest.approx([sample * 1e-3 for sample in samples])\n"
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-only", "."]
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not a worker of ours
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # no worker
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=alone)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout
