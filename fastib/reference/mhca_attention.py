@@ -13,7 +13,7 @@ RPE_STREAM = 1
 
 
 def position_term(alpha: Tensor, center: Tensor, grid_size: tuple[int, int], num_prefix_tokens: int = 1) -> Tensor:
-    """b_hij = -alpha_h (|d|^2 - 2 center_h . d), d = pos(j) - pos(i), and 0 on prefix tokens (DearKD, Eq. 2); (H, N, N).
+    """b_hij = -alpha_h (|d|^2 - 2 center_h . d), d = pos(j) - pos(i), 0 on prefix tokens (DearKD, Eq. 2); (H, N, N).
 
     alpha: (H,). center: (H, 2), (row, column) in patches.
     """

@@ -1,7 +1,7 @@
 // Attention of one (batch, head) pair in scratch memory, forward and backward, with an additive term on the scores.
 //
-// Queries go in blocks of kQueryBlock rows, keys in blocks of at most kKeyBlock; the scores of a block stay in cache and
-// nothing of size N x N exists. `Term` supplies the additive term in units of log 2 and collects its gradient:
+// Queries go in blocks of kQueryBlock rows, keys in blocks of at most kKeyBlock; the scores of a block stay in cache
+// and nothing of size N x N exists. `Term` supplies the additive term in units of log 2 and collects its gradient:
 //   TermRow<T> term(i, j0, n, room);  void add_gradient(i, j0, n, ds);
 #pragma once
 
@@ -102,8 +102,7 @@ class AttentionCore {
         score_block(i0, rows, j0, n, term, [](T* p, int64_t, Vec<T> x) { store(p, x); });
         softmax_block(rows, n, j0 > 0);
         if (s_.dropout > 0)
-          for (int64_t r = 0; r < rows; ++r)
-            drop(scores_ + r * row_stride_, n, first_element + (i0 + r) * s_.N + j0);
+          for (int64_t r = 0; r < rows; ++r) drop(scores_ + r * row_stride_, n, first_element + (i0 + r) * s_.N + j0);
         weighted_rows(out_, scores_, v_, rows, j0, n, j0 > 0);
       }
       for (int64_t r = 0; r < rows; ++r) {
@@ -114,7 +113,8 @@ class AttentionCore {
   }
 
   template <typename E, typename Term>
-  void backward(const AttentionGradInputs<E>& x, const T* lse, const AttentionGrads<E>& grad, uint64_t first_element, Term& term) {
+  void backward(const AttentionGradInputs<E>& x, const T* lse, const AttentionGrads<E>& grad, uint64_t first_element,
+                Term& term) {
     pack_rows(k_, width_, x.forward.k, s_.N, s_.D);
     pack_columns(k_columns_, Rows<const T>{k_, width_}, s_.N, s_.D);
     pack_columns(v_columns_, x.forward.v, s_.N, s_.D);
@@ -268,8 +268,7 @@ class AttentionCore {
   // dst rows [j0, ...) += block^T (keys, rows) times right (rows, D).
   void weighted_columns(T* dst, const T* block, const T* right, int64_t rows, int64_t j0, int64_t n) {
     constexpr int W = kLanes<T>;
-    gemm<T>(smaller(n, s_.N - j0), width_ / W, rows, Left<T>{block, 1, row_stride_},
-            Right<T>{right, width_, W},
+    gemm<T>(smaller(n, s_.N - j0), width_ / W, rows, Left<T>{block, 1, row_stride_}, Right<T>{right, width_, W},
             [first = dst + j0 * width_, width = width_](int64_t m, int64_t v, Vec<T> x) {
               T* p = first + m * width + v * W;
               store(p, load(p) + x);

@@ -53,8 +53,9 @@ inline void tile_rows(int64_t M, int64_t K, Left<T> a, Right<T> b, Sink&& sink) 
                        [&](int r, int v, Vec<T> x) { sink(m + r, v, x); });
   if constexpr (kRows > 1) {
     constexpr int half = (kRows + 1) / 2;
-    if (m < M) tile_rows<half, kVecs>(M - m, K, Left<T>{a.p + m * a.row, a.row, a.step}, b,
-                                      [&](int64_t r, int v, Vec<T> x) { sink(m + r, v, x); });
+    if (m < M)
+      tile_rows<half, kVecs>(M - m, K, Left<T>{a.p + m * a.row, a.row, a.step}, b,
+                             [&](int64_t r, int v, Vec<T> x) { sink(m + r, v, x); });
   }
 }
 

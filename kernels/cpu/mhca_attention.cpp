@@ -1,7 +1,7 @@
 // Multi-head convolutional attention for one instruction set; see mhca_attention.h.
 //
-// Floors of one pair, forward and backward: 14 N^2 D multiply-add halves and 9 N D elements moved. At ViT lengths all of a
-// pair's tensors fit the second cache, so the arithmetic is the bound.
+// Floors of one pair, forward and backward: 14 N^2 D multiply-add halves and 9 N D elements moved. At ViT lengths all
+// of a pair's tensors fit the second cache, so the arithmetic is the bound.
 #include "mhca_attention.h"
 
 #include <new>
@@ -59,7 +59,8 @@ void forward(const MhcaAttentionParams& p, int64_t begin, int64_t end) {
   for_each_pair<E>(p, false, begin, end, [&](auto& core, auto& term, int64_t b, int64_t h) {
     const int64_t pair_index = b * p.H + h;
     core.forward(inputs<E>(p, b, h), pair<E>(p.out, p.out_stride, b, h),
-                 static_cast<Compute<E>*>(p.lse) + pair_index * p.N, static_cast<uint64_t>(pair_index) * p.N * p.N, term);
+                 static_cast<Compute<E>*>(p.lse) + pair_index * p.N, static_cast<uint64_t>(pair_index) * p.N * p.N,
+                 term);
   });
 }
 
@@ -83,19 +84,27 @@ void backward(const MhcaAttentionGradParams& g, int64_t begin, int64_t end) {
 
 void mhca_attention_forward(const MhcaAttentionParams& p, int64_t begin, int64_t end) {
   switch (p.dtype) {
-    case DType::float32: return forward<float>(p, begin, end);
-    case DType::bfloat16: return forward<bfloat16>(p, begin, end);
-    case DType::float16: return forward<float16>(p, begin, end);
-    case DType::float64: return forward<double>(p, begin, end);
+    case DType::float32:
+      return forward<float>(p, begin, end);
+    case DType::bfloat16:
+      return forward<bfloat16>(p, begin, end);
+    case DType::float16:
+      return forward<float16>(p, begin, end);
+    case DType::float64:
+      return forward<double>(p, begin, end);
   }
 }
 
 void mhca_attention_backward(const MhcaAttentionGradParams& g, int64_t begin, int64_t end) {
   switch (g.forward.dtype) {
-    case DType::float32: return backward<float>(g, begin, end);
-    case DType::bfloat16: return backward<bfloat16>(g, begin, end);
-    case DType::float16: return backward<float16>(g, begin, end);
-    case DType::float64: return backward<double>(g, begin, end);
+    case DType::float32:
+      return backward<float>(g, begin, end);
+    case DType::bfloat16:
+      return backward<bfloat16>(g, begin, end);
+    case DType::float16:
+      return backward<float16>(g, begin, end);
+    case DType::float64:
+      return backward<double>(g, begin, end);
   }
 }
 

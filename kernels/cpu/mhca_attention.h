@@ -1,7 +1,7 @@
 // Multi-head convolutional attention on the CPU (DearKD, Sec. 3.1).
 //
-// A unit of work is one (batch, head) pair; which pair a unit is, is the kernel's choice. Units are independent: the caller
-// may split [0, B * H) as it likes and the result does not depend on the split.
+// A unit of work is one (batch, head) pair; which pair a unit is, is the kernel's choice. Units are independent: the
+// caller may split [0, B * H) as it likes and the result does not depend on the split.
 #pragma once
 
 #include <cstdint>

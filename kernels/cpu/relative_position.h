@@ -105,8 +105,8 @@ class RelativePosition {
     }
   }
 
-  // Term of query i against keys [j0, j0 + n), -infinity from key N on; n is a whole number of vectors. Where the head's
-  // tables are not kept it is written to `room` (n), and holds until the next call.
+  // Term of query i against keys [j0, j0 + n), -infinity from key N on; n is a whole number of vectors. Where the
+  // head's tables are not kept it is written to `room` (n), and holds until the next call.
   TermRow<T> term(int64_t i, int64_t j0, int64_t n, T* room) const {
     const Geometry& g = geometry_;
     if (i < g.prefix) return {prefix_row_ + j0, zeros_, keeps_all(j0)};
@@ -233,13 +233,13 @@ class RelativePosition {
   T* token_column_ = nullptr;  // grid column of each token
   T* prefix_row_ = nullptr;
   T* zeros_ = nullptr;
-  T* row_terms_ = nullptr;     // (grid_h, row_length), or null
-  T* column_terms_ = nullptr;  // (grid_w, row_length), or null
-  int64_t heads_ = 1;               // heads whose masks are kept, in slot h % heads_
-  int64_t* drawn_head_ = nullptr;   // (heads_,)
-  int8_t* keep_all_ = nullptr;      // (row_length,)
-  int8_t* mask_ = nullptr;          // (heads_, N, mask_stride) dropout masks where they are kept, then room for one row
-  int8_t* masks_ = nullptr;         // those of this head
+  T* row_terms_ = nullptr;         // (grid_h, row_length), or null
+  T* column_terms_ = nullptr;      // (grid_w, row_length), or null
+  int64_t heads_ = 1;              // heads whose masks are kept, in slot h % heads_
+  int64_t* drawn_head_ = nullptr;  // (heads_,)
+  int8_t* keep_all_ = nullptr;     // (row_length,)
+  int8_t* mask_ = nullptr;         // (heads_, N, mask_stride) dropout masks where they are kept, then room for one row
+  int8_t* masks_ = nullptr;        // those of this head
   double sum_square_ = 0, sum_row_ = 0, sum_column_ = 0;
 };
 
