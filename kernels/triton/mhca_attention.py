@@ -4,9 +4,8 @@
 
 A program owns BLOCK_M tokens of one (batch, head) and walks along the others in tiles of BLOCK_N, the last of them as
 narrow as 16: 197 tokens cost 6 * 32 + 16. At ViT lengths a forward program owns a whole head and keeps K and V on chip.
-Exponents are in base 2. The position term comes from the token indices; its dropout mask, which the batch shares, is
-made once per call, a bit for an element. The backward writes three partial sums per program for alpha and center and
-adds them in a fixed order: no atomics.
+The position term comes from the token indices; its dropout mask, which the batch shares, is made once per call, one bit
+an element. Three partial sums per backward program, for alpha and center, are added in a fixed order: no atomics.
 
 Floor per (batch, head), 16-bit: 8 N D bytes and 4 N^2 D FLOP forward, 16 N D bytes and 10 N^2 D FLOP backward.
 """
@@ -306,9 +305,10 @@ def mhca_attention_bwd_kernel(
             )
         store_rows(dq_ptr + grad_offset, start_m, BLOCK_M, H * D, dq * scale, N, D, BLOCK_D)
         part_ptr += h * 3 * S + b * blocks + block
-        tl.store(part_ptr, tl.sum(tl.where(own >= P, s_r, 0.0), 0))
-        tl.store(part_ptr + S, tl.sum(tl.where(own >= P, s_u + center_y * s_1, 0.0), 0))
-        tl.store(part_ptr + 2 * S, tl.sum(tl.where(own >= P, s_w + center_x * s_1, 0.0), 0))
+        in_grid = own[None, :] >= P  # two dimensions, since Triton 3.6 fails on Blackwell to reduce one
+        tl.store(part_ptr, tl.sum(tl.where(in_grid, s_r[None, :], 0.0)))
+        tl.store(part_ptr + S, tl.sum(tl.where(in_grid, (s_u + center_y * s_1)[None, :], 0.0)))
+        tl.store(part_ptr + 2 * S, tl.sum(tl.where(in_grid, (s_w + center_x * s_1)[None, :], 0.0)))
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -317,8 +317,8 @@ def _bwd_reduce_kernel(part_ptr, alpha_ptr, dalpha_ptr, dcenter_ptr, S, rpe_fact
     h = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     sum_r = tl.zeros((BLOCK,), tl.float32)
-    sum_y = tl.zeros((BLOCK,), tl.float32)
-    sum_x = tl.zeros((BLOCK,), tl.float32)
+    sum_y = sum_r
+    sum_x = sum_r
     for start in range(0, S, BLOCK):
         ptrs = part_ptr + h * 3 * S + start + lane
         inside = start + lane < S
@@ -396,5 +396,5 @@ def mhca_attention_bwd(
             tile.block_m, tile.block_n, config.tail(N, tile.block_n),
             num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers, enable_fp_fusion=True,
         )  # fmt: skip
-        _bwd_reduce_kernel[(H,)](partials, alpha, dalpha, dcenter, B * blocks, rpe_factor, BLOCK=512, num_warps=4)
+        _bwd_reduce_kernel[(H,)](partials, alpha, dalpha, dcenter, B * blocks, rpe_factor, BLOCK=512)
     return dq, dk, dv, dalpha, dcenter
