@@ -27,21 +27,26 @@ def forward_tile(chip: int, itemsize: int, tokens: int, dim: int, attn_dropout: 
     """
     if itemsize == 4:
         return Tile(32 if dim <= 64 else 16, 32, 8, 1, 255), 0
-    if attn_dropout or dim > 128:
-        return Tile(64, 32, 4 if dim <= 128 else 8, 1), 0
-    if chip not in (9, 10):
+    if dim > 128:
+        return Tile(64, 16, 8, 1), 0
+    if attn_dropout:
+        return Tile(64, 32, 4 if dim <= 64 else 8, 1), 0
+    if chip not in (9, 10) or dim > 64:
         return Tile(64, 32, 4, 2), 0
-    if dim <= 64 and 64 < tokens <= RESIDENT_TOKENS:
+    if 64 < tokens <= RESIDENT_TOKENS:
         return Tile(64, 32, 4, 1), tokens // 32
     return Tile(64, 64, 4, 2), 0
 
 
 def backward_tile(chip: int, itemsize: int, dim: int, attn_dropout: bool) -> Tile:
+    """Without spills up to a head dimension of 64; a few in 16 bits above."""
     if itemsize == 4:
         return Tile(32 if dim <= 32 else 16, 32, 8, 1, 255)
-    if chip in (9, 10) and dim <= 64 and not attn_dropout:
-        return Tile(64, 32, 4, 2)
-    return Tile(64, 32, 8, 1)
+    if dim > 64:
+        return Tile(64, 16, 8, 1) if chip in (9, 10) else Tile(32, 32, 8, 1)
+    if chip not in (9, 10):
+        return Tile(64, 16 if attn_dropout else 32, 8, 1)
+    return Tile(64, 32, 8, 1) if attn_dropout else Tile(64, 32, 4, 2)
 
 
 def block_dim(head_dim: int) -> int:
