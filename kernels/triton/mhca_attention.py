@@ -341,7 +341,7 @@ def mhca_attention_fwd(
     """
     config.check_supported(q)
     B, H, N, D = q.shape
-    out = q.new_empty((B, N, H, D)).transpose(1, 2)
+    out = config.empty_rows(q)
     lse = q.new_empty((B, H, N), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse.zero_()
@@ -352,7 +352,7 @@ def mhca_attention_fwd(
     attn_threshold, attn_factor = threshold_and_factor(attn_dropout)
     with config.device_guard(q):
         rpe = rpe_mask(seed, H, N, num_prefix_tokens, rpe_threshold) if rpe_dropout > 0 else None
-        mhca_attention_fwd_kernel[(B * H if resident else triton.cdiv(N, tile.block_m) * B * H,)](
+        mhca_attention_fwd_kernel[(B * H if resident else -(-N // tile.block_m) * B * H,)](
             q, k, v, alpha.contiguous(), center.contiguous(), seed if attn_dropout > 0 else None, rpe, out, lse,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             H, N, max(grid_w, 1), float(scale), rpe_factor, attn_threshold, attn_factor,
@@ -373,7 +373,7 @@ def mhca_attention_bwd(
     """
     config.check_supported(q)
     B, H, N, D = q.shape
-    dq, dk, dv = (q.new_empty((B, N, H, D)).transpose(1, 2) for _ in range(3))
+    dq, dk, dv = config.empty_rows(q), config.empty_rows(q), config.empty_rows(q)
     dalpha, dcenter = alpha.new_empty(alpha.shape), center.new_empty(center.shape)
     if q.numel() == 0:
         return dq, dk, dv, dalpha.zero_(), dcenter.zero_()
@@ -383,7 +383,7 @@ def mhca_attention_bwd(
     tile = config.backward_tile(config.chip_of(q), q.element_size(), dim, attn_dropout > 0)
     rpe_threshold, rpe_factor = threshold_and_factor(rpe_dropout)
     attn_threshold, attn_factor = threshold_and_factor(attn_dropout)
-    blocks = triton.cdiv(N, tile.block_m)
+    blocks = -(-N // tile.block_m)
     with config.device_guard(q):
         rpe = rpe_mask(seed, H, N, num_prefix_tokens, rpe_threshold) if rpe_dropout > 0 else None
         partials = alpha.new_empty((H, 3, B * blocks))

@@ -74,6 +74,12 @@ def dense_rows(x: torch.Tensor) -> torch.Tensor:
     return x if (column == 1 or x.shape[3] == 1) and row < MAX_ROW_STRIDE else x.contiguous()
 
 
+def empty_rows(q: torch.Tensor) -> torch.Tensor:
+    """(B, H, N, D) laid out as a dense (B, N, H, D)."""
+    B, H, N, D = q.shape
+    return q.new_empty_strided((B, H, N, D), (N * H * D, D, H * D, 1))
+
+
 def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 

@@ -114,6 +114,6 @@ def rpe_mask(seed, H, N, num_prefix_tokens, threshold):
     """The kept entries of the (H, N, N) position term, one bit each: (H, N, ceil(N / 64)) int64."""
     words = (N + 63) // 64
     mask = torch.empty((H, N, words), dtype=torch.int64, device=seed.device)
-    grid = (triton.cdiv(H * N, 64), words)
+    grid = ((H * N + 63) // 64, words)
     _rpe_mask_kernel[grid](mask, seed, N, H * N, threshold, P=num_prefix_tokens, BLOCK=64, num_warps=4)
     return mask
