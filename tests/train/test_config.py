@@ -86,3 +86,8 @@ def test_methods_register_under_one_name_and_with_proper_options():
     with pytest.raises(TypeError, match="Options must be a dataclass derived from MethodOptions"):
         register_method("odd")(type("Odd", (Method,), {"Options": dict}))
     assert get_method("plain").__name__ == "Plain"
+
+
+def test_a_teacher_on_a_folder_of_images_has_a_recipe(tmp_path):
+    config = load_config("teacher", data=str(tmp_path), overrides=["model.name=resnet34"])
+    assert (config.method.name, config.model.name, config.data.path) == ("plain", "resnet34", str(tmp_path))
