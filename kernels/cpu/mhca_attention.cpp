@@ -1,7 +1,7 @@
 // Multi-head convolutional attention for one instruction set; see mhca_attention.h.
 //
-// Floors of one pair, forward and backward: 14 N^2 D floating-point operations and 9 N D elements moved. At ViT lengths all
-// of a pair's tensors fit the second cache, so the arithmetic is the bound.
+// Floors of one pair, forward and backward: 14 N^2 D floating-point operations and 9 N D elements moved. At ViT lengths
+// all of a pair's tensors fit the second cache, so the arithmetic is the bound.
 #include "mhca_attention.h"
 
 #include <new>
