@@ -6,12 +6,12 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
 
 #include "../common/philox.h"
 #include "dropout_row.h"
-#include "gemm_tile.h"
-#include "pack.h"
+#include "operand.h"
 #include "relative_position.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
@@ -44,8 +44,12 @@ struct AttentionGrads {
   Rows<E> q, k, v;
 };
 
-template <typename T>
+// U: the element of the packed operands, see operand.h.
+template <typename U>
 class AttentionCore {
+  using T = Sum<U>;
+  static constexpr bool kPaired = kSteps<U> == 2;
+
  public:
   static int64_t scratch_bytes(const AttentionSizes& s, bool backward) {
     const int64_t keys = round_to_lanes<T>(s.N), width = round_to_lanes<T>(s.D);
@@ -53,18 +57,21 @@ class AttentionCore {
     const int64_t block = Scratch::padded_bytes<T>(kQueryBlock * row_stride(keys));
     const int64_t query_block = Scratch::padded_bytes<T>(kQueryBlock * width);
     const int64_t mask = Scratch::padded_bytes<int8_t>(dropout_row_bytes(kKeyBlock + kLanes<T>));
-    return (backward ? 3 * rows + 2 * columns + 2 * block + query_block : rows + columns + block) + 2 * query_block +
-           3 * Scratch::padded_bytes<T>(kQueryBlock) + mask;
+    return (backward ? 3 * rows + 2 * columns + (2 + kPaired) * block + (1 + 2 * kPaired) * query_block
+                     : rows + columns + block) +
+           2 * query_block + 3 * Scratch::padded_bytes<T>(kQueryBlock) + mask;
   }
 
   void init(const AttentionSizes& sizes, bool backward, Scratch& scratch) {
     s_ = sizes;
     keys_ = round_to_lanes<T>(s_.N);
     width_ = round_to_lanes<T>(s_.D);
+    depth_ = summed<U>(s_.D);
+    left_width_ = round_to_lanes<T>(depth_);
     block_ = key_block(keys_);
     row_stride_ = row_stride(keys_);
-    q_ = scratch.take<T>(kQueryBlock * width_);
-    k_columns_ = scratch.take<T>(keys_ * s_.D);
+    q_ = scratch.take<U>(kQueryBlock * left_width_);
+    k_columns_ = scratch.take<U>(keys_ * depth_);
     scores_ = scratch.take<T>(kQueryBlock * row_stride_);
     out_ = scratch.take<T>(kQueryBlock * width_);
     row_max_ = scratch.take<T>(kQueryBlock);
@@ -72,14 +79,17 @@ class AttentionCore {
     delta_ = scratch.take<T>(kQueryBlock);
     mask_ = scratch.take<int8_t>(dropout_row_bytes(kKeyBlock + kLanes<T>));
     if (backward) {
-      k_ = scratch.take<T>(s_.N * width_);
-      v_columns_ = scratch.take<T>(keys_ * s_.D);
-      grad_out_ = scratch.take<T>(kQueryBlock * width_);
+      k_ = scratch.take<U>(summed<U>(s_.N) * width_);
+      v_columns_ = scratch.take<U>(keys_ * depth_);
+      grad_out_ = scratch.take<U>(kQueryBlock * left_width_);
+      q_right_ = kPaired ? scratch.take<U>(kQueryBlock * width_) : q_;
+      grad_out_right_ = kPaired ? scratch.take<U>(kQueryBlock * width_) : grad_out_;
       grad_k_ = scratch.take<T>(s_.N * width_);
       grad_v_ = scratch.take<T>(s_.N * width_);
       grad_scores_ = scratch.take<T>(kQueryBlock * row_stride_);
+      grad_scores_left_ = kPaired ? scratch.take<U>(kQueryBlock * row_stride_) : reinterpret_cast<U*>(grad_scores_);
     } else {
-      v_ = scratch.take<T>(s_.N * width_);
+      v_ = scratch.take<U>(summed<U>(s_.N) * width_);
     }
     score_unit_ = static_cast<T>(s_.scale * kLog2e);
     threshold_ = dropout_threshold(s_.dropout);
@@ -89,10 +99,10 @@ class AttentionCore {
   template <typename E, typename Term>
   void forward(const AttentionInputs<E>& x, Rows<E> out, T* lse, uint64_t first_element, Term& term) {
     pack_columns(k_columns_, x.k, s_.N, s_.D);
-    pack_rows(v_, width_, x.v, s_.N, s_.D);
+    pack_right(v_, width_, x.v, s_.N, s_.D);
     for (int64_t i0 = 0; i0 < s_.N; i0 += kQueryBlock) {
       const int64_t rows = smaller(kQueryBlock, s_.N - i0);
-      pack_rows(q_, width_, x.q.from(i0), rows, s_.D);
+      pack_left(q_, left_width_, x.q.from(i0), rows, s_.D);
       for (int64_t r = 0; r < rows; ++r) {
         row_max_[r] = -std::numeric_limits<T>::infinity();
         row_sum_[r] = 0;
@@ -103,7 +113,12 @@ class AttentionCore {
         softmax_block(rows, n, j0 > 0);
         if (s_.dropout > 0)
           for (int64_t r = 0; r < rows; ++r) drop(scores_ + r * row_stride_, n, first_element + (i0 + r) * s_.N + j0);
-        weighted_rows(out_, scores_, v_, rows, j0, n, j0 > 0);
+        if constexpr (kPaired)
+          for (int64_t r = 0; r < rows; ++r) {
+            T* p = scores_ + r * row_stride_;
+            pair_along(reinterpret_cast<U*>(p), p, n);
+          }
+        weighted_rows(out_, reinterpret_cast<const U*>(scores_), v_, rows, j0, n, j0 > 0);
       }
       for (int64_t r = 0; r < rows; ++r) {
         unpack_rows(out.from(i0 + r), out_ + r * width_, width_, 1, s_.D, kept_scale_ / row_sum_[r]);
@@ -115,16 +130,20 @@ class AttentionCore {
   template <typename E, typename Term>
   void backward(const AttentionGradInputs<E>& x, const T* lse, const AttentionGrads<E>& grad, uint64_t first_element,
                 Term& term) {
-    pack_rows(k_, width_, x.forward.k, s_.N, s_.D);
-    pack_columns(k_columns_, Rows<const T>{k_, width_}, s_.N, s_.D);
+    pack_right(k_, width_, x.forward.k, s_.N, s_.D);
+    pack_columns(k_columns_, x.forward.k, s_.N, s_.D);
     pack_columns(v_columns_, x.forward.v, s_.N, s_.D);
     for (int64_t i = 0; i < s_.N * width_; ++i) grad_k_[i] = grad_v_[i] = 0;
     for (int64_t i0 = 0; i0 < s_.N; i0 += kQueryBlock) {
       const int64_t rows = smaller(kQueryBlock, s_.N - i0);
-      pack_rows(q_, width_, x.forward.q.from(i0), rows, s_.D);
-      pack_rows(grad_out_, width_, x.grad_out.from(i0), rows, s_.D);
+      pack_left(q_, left_width_, x.forward.q.from(i0), rows, s_.D);
+      pack_left(grad_out_, left_width_, x.grad_out.from(i0), rows, s_.D);
+      if constexpr (kPaired) {
+        pack_right(q_right_, width_, x.forward.q.from(i0), rows, s_.D);
+        pack_right(grad_out_right_, width_, x.grad_out.from(i0), rows, s_.D);
+      }
       for (int64_t r = 0; r < rows; ++r) {
-        delta_[r] = dot(grad_out_ + r * width_, x.out.row(i0 + r), s_.D);
+        delta_[r] = dot(x.grad_out.row(i0 + r), x.out.row(i0 + r), s_.D);
         row_max_[r] = lse[i0 + r] * static_cast<T>(kLog2e);
       }
       for (int64_t j0 = 0; j0 < keys_; j0 += block_) {
@@ -137,9 +156,10 @@ class AttentionCore {
           if (s_.dropout > 0) drop_gradient(scores_ + r * row_stride_, ds, r, n, first_element + (i0 + r) * s_.N + j0);
           term.add_gradient(i0 + r, j0, n, ds);
         }
-        weighted_columns(grad_v_, scores_, grad_out_, rows, j0, n);
-        weighted_columns(grad_k_, grad_scores_, q_, rows, j0, n);
-        weighted_rows(out_, grad_scores_, k_, rows, j0, n, j0 > 0);
+        if constexpr (kPaired) pair_blocks(rows, n);
+        weighted_columns(grad_v_, scores_, grad_out_right_, rows, j0, n);
+        weighted_columns(grad_k_, grad_scores_, q_right_, rows, j0, n);
+        weighted_rows(out_, grad_scores_left_, k_, rows, j0, n, j0 > 0);
       }
       unpack_rows(grad.q.from(i0), out_, width_, rows, s_.D, static_cast<T>(s_.scale));
     }
@@ -158,9 +178,9 @@ class AttentionCore {
 
   // left (rows, D) times columns [j0, ...), each finished vector handed to sink(row, vector, x).
   template <typename Sink>
-  void product(const T* left, const T* columns, int64_t rows, int64_t j0, int64_t n, Sink&& sink) {
+  void product(const U* left, const U* columns, int64_t rows, int64_t j0, int64_t n, Sink&& sink) {
     constexpr int W = kLanes<T>;
-    gemm<T>(rows, n / W, s_.D, Left<T>{left, width_, 1}, Right<T>{columns + j0 * s_.D, W, W * s_.D}, sink);
+    gemm<U>(rows, n / W, depth_, Left<U>{left, left_width_, 1}, Right<U>{columns + j0 * depth_, W, W * depth_}, sink);
   }
 
   // q_ times keys plus the term, in units of log 2, handed to sink(address in scores_, row, x).
@@ -249,12 +269,23 @@ class AttentionCore {
     }
   }
 
+  // The blocks as operands: both in pairs of rows, in place, the scores' gradients in pairs of keys too.
+  void pair_blocks(int64_t rows, int64_t n) {
+    for (int64_t r = 0; r < rows; ++r)
+      pair_along(grad_scores_left_ + r * row_stride_, grad_scores_ + r * row_stride_, n);
+    for (T* block : {scores_, grad_scores_})
+      for (int64_t r = 0; r < rows; r += 2) {
+        T* row = block + r * row_stride_;
+        pair_across(reinterpret_cast<U*>(row), row, r + 1 < rows ? row + row_stride_ : nullptr, n);
+      }
+  }
+
   // dst (rows, D) = (or +=) block (rows, keys) times rows [j0, ...) of right.
-  void weighted_rows(T* dst, const T* block, const T* right, int64_t rows, int64_t j0, int64_t n, bool add) {
+  void weighted_rows(T* dst, const U* block, const U* right, int64_t rows, int64_t j0, int64_t n, bool add) {
     constexpr int W = kLanes<T>;
     const auto run = [&](auto&& sink) {
-      gemm<T>(rows, width_ / W, smaller(n, s_.N - j0), Left<T>{block, row_stride_, 1},
-              Right<T>{right + j0 * width_, width_, W}, sink);
+      gemm<U>(rows, width_ / W, summed<U>(smaller(n, s_.N - j0)), Left<U>{block, row_stride_, 1},
+              Right<U>{right + j0 / kSteps<U> * width_, width_, W}, sink);
     };
     if (add)
       run([dst, width = width_](int64_t m, int64_t v, Vec<T> x) {
@@ -266,9 +297,10 @@ class AttentionCore {
   }
 
   // dst rows [j0, ...) += block^T (keys, rows) times right (rows, D).
-  void weighted_columns(T* dst, const T* block, const T* right, int64_t rows, int64_t j0, int64_t n) {
+  void weighted_columns(T* dst, const T* block, const U* right, int64_t rows, int64_t j0, int64_t n) {
     constexpr int W = kLanes<T>;
-    gemm<T>(smaller(n, s_.N - j0), width_ / W, rows, Left<T>{block, 1, row_stride_}, Right<T>{right, width_, W},
+    gemm<U>(smaller(n, s_.N - j0), width_ / W, summed<U>(rows),
+            Left<U>{reinterpret_cast<const U*>(block), 1, kSteps<U> * row_stride_}, Right<U>{right, width_, W},
             [first = dst + j0 * width_, width = width_](int64_t m, int64_t v, Vec<T> x) {
               T* p = first + m * width + v * W;
               store(p, load(p) + x);
@@ -278,16 +310,21 @@ class AttentionCore {
   AttentionSizes s_;
   int64_t keys_ = 0;        // N rounded up to whole vectors
   int64_t width_ = 0;       // D rounded up to whole vectors
+  int64_t depth_ = 0;       // elements U that D takes where it is summed over
+  int64_t left_width_ = 0;  // depth_ rounded up to whole vectors
   int64_t block_ = 0;       // keys of a block
   int64_t row_stride_ = 0;  // of scores_ and grad_scores_
   T score_unit_ = 0, kept_scale_ = 1;
   uint32_t threshold_ = 0;
-  T *q_ = nullptr, *k_ = nullptr, *v_ = nullptr, *grad_out_ = nullptr;  // (N, width_)
-  T *grad_k_ = nullptr, *grad_v_ = nullptr;                             // (N, width_)
-  T *k_columns_ = nullptr, *v_columns_ = nullptr;                       // (keys_ / lanes, D, lanes)
-  T *scores_ = nullptr, *grad_scores_ = nullptr;                        // (kQueryBlock, row_stride_)
-  T* out_ = nullptr;                                                    // (kQueryBlock, width_)
-  T *row_max_ = nullptr, *row_sum_ = nullptr, *delta_ = nullptr;        // (kQueryBlock,)
+  U *q_ = nullptr, *grad_out_ = nullptr;              // (kQueryBlock, left_width_)
+  U *q_right_ = nullptr, *grad_out_right_ = nullptr;  // (summed(kQueryBlock), width_)
+  U *k_ = nullptr, *v_ = nullptr;                     // (summed(N), width_)
+  U *k_columns_ = nullptr, *v_columns_ = nullptr;     // (keys_ / lanes, depth_, lanes)
+  T *grad_k_ = nullptr, *grad_v_ = nullptr;           // (N, width_)
+  T *scores_ = nullptr, *grad_scores_ = nullptr;      // (kQueryBlock, row_stride_)
+  U* grad_scores_left_ = nullptr;                     // (kQueryBlock, row_stride_)
+  T* out_ = nullptr;                                  // (kQueryBlock, width_)
+  T *row_max_ = nullptr, *row_sum_ = nullptr, *delta_ = nullptr;  // (kQueryBlock,)
   int8_t* mask_ = nullptr;
 };
 

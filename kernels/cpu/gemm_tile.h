@@ -1,39 +1,64 @@
 // One register tile serves every product of attention: rows by vectors, the right operand read as vectors, the left one
-// broadcast element by element through two strides (so that it may be transposed).
+// broadcast element by element through two strides (so that it may be transposed). An element U is a float, a double, or
+// two bfloat16 along the summed dimension, whose products are summed in float.
 #pragma once
+
+#include <type_traits>
 
 #include "simd.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 
+template <typename U>
+struct SumType {
+  using type = U;
+};
+template <>
+struct SumType<BFloat16Pair> {
+  using type = float;
+};
+template <typename U>
+using Sum = typename SumType<U>::type;
+
+template <typename U>
+inline constexpr int64_t kSteps = std::is_same_v<U, Sum<U>> ? 1 : 2;  // elements of the summed dimension in one U
+
+inline Vec<float> multiply_add(Vec<float> sum, Vec<float> a, Vec<float> b) { return sum + a * b; }
+inline Vec<double> multiply_add(Vec<double> sum, Vec<double> a, Vec<double> b) { return sum + a * b; }
+#if defined(__AVX512BF16__)
+inline Vec<float> multiply_add(Vec<float> sum, Vec<BFloat16Pair> a, Vec<BFloat16Pair> b) {
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
 // Left operand: element (m, k) at p[m * row + k * step].
-template <typename T>
+template <typename U>
 struct Left {
-  const T* p;
+  const U* p;
   int64_t row, step;
 };
 
 // Right operand: vector v of step k at p[k * step + v * vec].
-template <typename T>
+template <typename U>
 struct Right {
-  const T* p;
+  const U* p;
   int64_t step, vec;
 };
 
 // sink(m, v, sum) receives the finished vectors of one tile of kRows x kVecs.
-template <int kRows, int kVecs, typename T, typename Sink>
-inline __attribute__((always_inline)) void tile(int64_t K, const T* a, int64_t a_row, int64_t a_step, const T* b,
+template <int kRows, int kVecs, typename U, typename Sink>
+inline __attribute__((always_inline)) void tile(int64_t K, const U* a, int64_t a_row, int64_t a_step, const U* b,
                                                 int64_t b_step, int64_t b_vec, Sink&& sink) {
-  Vec<T> sum[kRows][kVecs] = {};
+  Vec<Sum<U>> sum[kRows][kVecs] = {};
   for (int64_t k = 0; k < K; ++k) {
-    Vec<T> right[kVecs];
+    Vec<U> right[kVecs];
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) right[v] = load(b + v * b_vec);
 #pragma GCC unroll 32
     for (int m = 0; m < kRows; ++m) {
-      const Vec<T> left = splat(a[m * a_row]);
+      const Vec<U> left = splat(a[m * a_row]);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) sum[m][v] += left * right[v];
+      for (int v = 0; v < kVecs; ++v) sum[m][v] = multiply_add(sum[m][v], left, right[v]);
     }
     a += a_step;
     b += b_step;
@@ -45,31 +70,31 @@ inline __attribute__((always_inline)) void tile(int64_t K, const T* a, int64_t a
 }
 
 // All rows of kVecs columns: full tiles, then one tile of the rows left.
-template <int kRows, int kVecs, typename T, typename Sink>
-inline void tile_rows(int64_t M, int64_t K, Left<T> a, Right<T> b, Sink&& sink) {
+template <int kRows, int kVecs, typename U, typename Sink>
+inline void tile_rows(int64_t M, int64_t K, Left<U> a, Right<U> b, Sink&& sink) {
   int64_t m = 0;
   for (; m + kRows <= M; m += kRows)
     tile<kRows, kVecs>(K, a.p + m * a.row, a.row, a.step, b.p, b.step, b.vec,
-                       [&](int r, int v, Vec<T> x) { sink(m + r, v, x); });
+                       [&](int r, int v, Vec<Sum<U>> x) { sink(m + r, v, x); });
   if constexpr (kRows > 1) {
     constexpr int half = (kRows + 1) / 2;
     if (m < M)
-      tile_rows<half, kVecs>(M - m, K, Left<T>{a.p + m * a.row, a.row, a.step}, b,
-                             [&](int64_t r, int v, Vec<T> x) { sink(m + r, v, x); });
+      tile_rows<half, kVecs>(M - m, K, Left<U>{a.p + m * a.row, a.row, a.step}, b,
+                             [&](int64_t r, int v, Vec<Sum<U>> x) { sink(m + r, v, x); });
   }
 }
 
 // C = A B for M rows and `vecs` vectors of columns; sink(row, vector, sum) stores them.
-template <typename T, typename Sink>
-inline void gemm(int64_t M, int64_t vecs, int64_t K, Left<T> a, Right<T> b, Sink&& sink) {
+template <typename U, typename Sink>
+inline void gemm(int64_t M, int64_t vecs, int64_t K, Left<U> a, Right<U> b, Sink&& sink) {
   // Tiles that fill the register file less the right operand and one broadcast: the multiply units stay busy.
   constexpr int rows1 = kVectorRegisters == 32 ? 16 : 8;
   constexpr int rows2 = kVectorRegisters == 32 ? 12 : 6;
   constexpr int rows3 = kVectorRegisters == 32 ? 8 : 4;
   int64_t v = 0;
   while (v < vecs) {
-    const Right<T> panel{b.p + v * b.vec, b.step, b.vec};
-    const auto shifted = [&](int64_t m, int w, Vec<T> x) { sink(m, v + w, x); };
+    const Right<U> panel{b.p + v * b.vec, b.step, b.vec};
+    const auto shifted = [&](int64_t m, int w, Vec<Sum<U>> x) { sink(m, v + w, x); };
     if (vecs - v == 1) {
       tile_rows<rows1, 1>(M, K, a, panel, shifted);
       v += 1;

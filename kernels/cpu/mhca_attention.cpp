@@ -37,9 +37,9 @@ void for_each_pair(const MhcaAttentionParams& p, bool backward, int64_t begin, i
   const AttentionSizes sizes{p.N, p.D, p.scale, p.attn_dropout, p.seed};
   const typename Term::Geometry geometry{p.N, p.grid_h, p.grid_w, p.num_prefix_tokens, p.rpe_dropout, p.seed};
   const int64_t turn = Term::heads_in_turn(geometry, p.H);
-  if (!scratch.reserve(AttentionCore<T>::scratch_bytes(sizes, backward) + Term::scratch_bytes(geometry, turn)))
+  if (!scratch.reserve(AttentionCore<Operand<E>>::scratch_bytes(sizes, backward) + Term::scratch_bytes(geometry, turn)))
     throw std::bad_alloc();
-  AttentionCore<T> core;
+  AttentionCore<Operand<E>> core;
   core.init(sizes, backward, scratch);
   Term term;
   term.init(geometry, turn, scratch);

@@ -132,14 +132,15 @@ inline void unpack_rows(Rows<E> to, const T* src, int64_t padded, int64_t n, int
   }
 }
 
-template <typename E, typename T>
-inline T dot(const T* a, const E* b, int64_t D) {
+template <typename E>
+inline Compute<E> dot(const E* a, const E* b, int64_t D) {
+  using T = Compute<E>;
   constexpr int W = kLanes<T>;
   Vec<T> sum{};
   int64_t d = 0;
-  for (; d + W <= D; d += W) sum += load(a + d) * load_row(b + d);
+  for (; d + W <= D; d += W) sum += load_row(a + d) * load_row(b + d);
   T rest = 0;
-  for (; d < D; ++d) rest += a[d] * load_float(b + d);
+  for (; d < D; ++d) rest += load_float(a + d) * load_float(b + d);
   return horizontal_sum<T>(sum) + rest;
 }
 

@@ -42,6 +42,17 @@ struct Simd<double> {
   typedef int64_t ivec __attribute__((vector_size(kVectorBytes)));
 };
 
+// Two bfloat16 that are neighbours along the dimension a product sums over; the first in the low half.
+struct BFloat16Pair {
+  uint32_t bits;
+};
+
+template <>
+struct Simd<BFloat16Pair> {
+  static constexpr int lanes = kVectorBytes / 4;
+  typedef uint32_t vec __attribute__((vector_size(kVectorBytes)));
+};
+
 template <typename T>
 using Vec = typename Simd<T>::vec;
 
@@ -64,6 +75,8 @@ template <typename T>
 inline Vec<T> splat(T x) {
   return x - Vec<T>{};
 }
+
+inline Vec<BFloat16Pair> splat(BFloat16Pair x) { return x.bits - Vec<BFloat16Pair>{}; }
 
 // One byte a lane, sign extended. The compiler's own conversion goes through general registers, element by element.
 template <typename T>
