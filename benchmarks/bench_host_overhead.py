@@ -52,8 +52,8 @@ def native_step(inputs: Inputs) -> Step:
     namespace = torch.ops.fastib
 
     def step(checking: bool):
-        out, lse = namespace.mhca_attention(*leaves, *rest)
-        return (out, *namespace.mhca_attention_backward(inputs.grad_out, *leaves, out, lse, *rest))
+        out, stats = namespace.mhca_attention(*leaves, *rest)
+        return (out, *namespace.mhca_attention_backward(inputs.grad_out, *leaves, out, stats, *rest))
 
     return step
 

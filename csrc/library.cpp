@@ -5,9 +5,9 @@
 STABLE_TORCH_LIBRARY(fastib, m) {
   m.def(
       "mhca_attention(Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor center, Tensor? seed, int grid_h, int grid_w, "
-      "int num_prefix_tokens, float scale, float rpe_dropout, float attn_dropout) -> (Tensor out, Tensor lse)");
+      "int num_prefix_tokens, float scale, float rpe_dropout, float attn_dropout) -> (Tensor out, Tensor stats)");
   m.def(
       "mhca_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor center, Tensor out, "
-      "Tensor lse, Tensor? seed, int grid_h, int grid_w, int num_prefix_tokens, float scale, float rpe_dropout, "
+      "Tensor stats, Tensor? seed, int grid_h, int grid_w, int num_prefix_tokens, float scale, float rpe_dropout, "
       "float attn_dropout) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_alpha, Tensor grad_center)");
 }

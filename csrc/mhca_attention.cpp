@@ -19,7 +19,7 @@ void set_strides(int64_t (&strides)[3], const Tensor& t) {
   for (int i = 0; i < 3; ++i) strides[i] = t.stride(i);
 }
 
-// Checks everything the kernel relies on and fills in all but `out` and `lse`. q, k and v get dense rows.
+// Checks everything the kernel relies on and fills in all but `out` and `stats`. q, k and v get dense rows.
 MhcaAttentionParams make_params(Tensor& q, Tensor& k, Tensor& v, Tensor& alpha, Tensor& center,
                                 const std::optional<Tensor>& seed, const Options& options) {
   MhcaAttentionParams params{};
@@ -65,18 +65,18 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor alpha, T
   const Options options{grid_h, grid_w, num_prefix_tokens, scale, rpe_dropout, attn_dropout};
   MhcaAttentionParams params = make_params(q, k, v, alpha, center, seed, options);
   Tensor out = empty_heads_last(q, params.B, params.H, params.N, params.D);
-  Tensor lse = new_empty(alpha, {params.B, params.H, params.N}, alpha.scalar_type());
-  if (q.numel() == 0) return {out, torch::stable::zero_(lse)};
+  Tensor stats = new_empty(alpha, {params.B, params.H, 2, params.N}, alpha.scalar_type());
+  if (q.numel() == 0) return {out, torch::stable::zero_(stats)};
   params.out = out.mutable_data_ptr();
   set_strides(params.out_stride, out);
-  params.lse = lse.mutable_data_ptr();
+  params.stats = stats.mutable_data_ptr();
   torch::stable::parallel_for(0, params.B * params.H, 1,
                               [&](int64_t begin, int64_t end) { mhca_attention_forward(params, begin, end); });
-  return {out, lse};
+  return {out, stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor alpha,
-                                                            Tensor center, Tensor out, Tensor lse,
+                                                            Tensor center, Tensor out, Tensor stats,
                                                             std::optional<Tensor> seed, int64_t grid_h, int64_t grid_w,
                                                             int64_t num_prefix_tokens, double scale, double rpe_dropout,
                                                             double attn_dropout) {
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Ten
   const int64_t B = params.forward.B, H = params.forward.H, N = params.forward.N, D = params.forward.D;
   check_cpu_tensor(grad_out, "grad_out", q.scalar_type(), {B, H, N, D});
   check_cpu_tensor(out, "out", q.scalar_type(), {B, H, N, D});
-  check_cpu_tensor(lse, "lse", accumulation_dtype(q), {B, H, N});
+  check_cpu_tensor(stats, "stats", accumulation_dtype(q), {B, H, 2, N});
 
   Tensor grad_q = empty_heads_last(q, B, H, N, D);
   Tensor grad_k = empty_heads_last(q, B, H, N, D);
@@ -98,10 +98,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Ten
   }
   Tensor grad_position = new_empty(alpha, {B, H, 3}, ScalarType::Double);
   grad_out = dense_rows(grad_out), out = dense_rows(out);
-  lse = dense(lse);
+  stats = dense(stats);
   params.forward.out = const_cast<void*>(out.const_data_ptr());
   set_strides(params.forward.out_stride, out);
-  params.forward.lse = const_cast<void*>(lse.const_data_ptr());
+  params.forward.stats = const_cast<void*>(stats.const_data_ptr());
   params.grad_out = grad_out.const_data_ptr();
   set_strides(params.grad_out_stride, grad_out);
   params.grad_q = grad_q.mutable_data_ptr();

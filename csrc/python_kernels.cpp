@@ -82,27 +82,27 @@ struct Problem {
 py::tuple forward(Problem problem) {
   MhcaAttentionParams& params = problem.params;
   py::array out(problem.dtype, problem.shape);
-  py::array lse(problem.sum_dtype, std::vector<py::ssize_t>{problem.shape[0], problem.shape[1], problem.shape[2]});
-  params.out = out.mutable_data(), params.lse = lse.mutable_data();
+  py::array stats(problem.sum_dtype, std::vector<py::ssize_t>{problem.shape[0], problem.shape[1], 2, problem.shape[2]});
+  params.out = out.mutable_data(), params.stats = stats.mutable_data();
   {
     py::gil_scoped_release release;
     mhca_attention_forward(params, 0, params.B * params.H);
   }
-  return py::make_tuple(out, lse);
+  return py::make_tuple(out, stats);
 }
 
-py::tuple backward(Problem problem, const py::array& grad_out_in, const py::array& out_in, const py::array& lse_in) {
+py::tuple backward(Problem problem, const py::array& grad_out_in, const py::array& out_in, const py::array& stats_in) {
   MhcaAttentionGradParams params{};
   params.forward = problem.params;
   const auto& shape = problem.shape;
   const py::array grad_out = dense(grad_out_in, problem.dtype, shape, "grad_out");
   const py::array out = dense(out_in, problem.dtype, shape, "out");
-  const py::array lse = dense(lse_in, problem.sum_dtype, {shape[0], shape[1], shape[2]}, "lse");
+  const py::array stats = dense(stats_in, problem.sum_dtype, {shape[0], shape[1], 2, shape[2]}, "stats");
   py::array grad_q(problem.dtype, shape), grad_k(problem.dtype, shape), grad_v(problem.dtype, shape);
   py::array grad_alpha(problem.sum_dtype, std::vector<py::ssize_t>{shape[1]});
   py::array grad_center(problem.sum_dtype, std::vector<py::ssize_t>{shape[1], 2});
   std::vector<double> grad_position(params.forward.B * params.forward.H * 3);
-  params.forward.out = const_cast<void*>(out.data()), params.forward.lse = const_cast<void*>(lse.data());
+  params.forward.out = const_cast<void*>(out.data()), params.forward.stats = const_cast<void*>(stats.data());
   params.grad_out = grad_out.data();
   params.grad_q = grad_q.mutable_data(), params.grad_k = grad_k.mutable_data(), params.grad_v = grad_v.mutable_data();
   params.grad_position = grad_position.data();
@@ -160,7 +160,7 @@ PYBIND11_MODULE(_kernels, m) {
                     double, uint64_t>(),
            arg("q"), arg("k"), arg("v"), arg("alpha"), arg("center"), arg("grid_h"), arg("grid_w"),
            arg("num_prefix_tokens"), arg("scale"), arg("rpe_dropout") = 0.0, arg("attn_dropout") = 0.0, arg("seed") = 0)
-      .def("forward", &forward, "(out, lse)")
-      .def("backward", &backward, arg("grad_out"), arg("out"), arg("lse"),
+      .def("forward", &forward, "(out, stats)")
+      .def("backward", &backward, arg("grad_out"), arg("out"), arg("stats"),
            "(grad_q, grad_k, grad_v, grad_alpha, grad_center)");
 }

@@ -82,7 +82,7 @@ class Problem:
         )
         parts = still.abs() + (bias - still).abs()
         logits = scale * q @ k.mT + bias
-        score = 1 + abs(scale) * _root(q, k.mT) + parts + logits.logsumexp(-1, keepdim=True).abs()
+        score = 1 + abs(scale) * _root(q, k.mT) + parts
         p = logits.softmax(-1)
         kept = p * keep_attn
         unit, soft = torch.finfo(self.dtype).eps, torch.finfo(self.wide).eps

@@ -183,8 +183,8 @@ def test_opcheck(device, dtype, dropout):
     seed = torch.tensor([3], device=device) if dropout else None
     options = (seed, 3, 4, 1, 0.3, dropout, dropout)
     torch.library.opcheck(torch.ops.fastib.mhca_attention, (q, k, v, alpha, center, *options), rtol=1e-2, atol=1e-2)
-    out, lse = torch.ops.fastib.mhca_attention(q, k, v, alpha, center, *options)
-    args = [t.detach() for t in (out, q, k, v, alpha, center, out, lse)]
+    out, stats = torch.ops.fastib.mhca_attention(q, k, v, alpha, center, *options)
+    args = [t.detach() for t in (out, q, k, v, alpha, center, out, stats)]
     torch.library.opcheck(torch.ops.fastib.mhca_attention_backward, (*args, *options))
 
 

@@ -27,7 +27,7 @@ def arguments(dtype=torch.float32, **changes):
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     values = {name: torch.randn(B, H, N, D, dtype=dtype) for name in ("grad_out", "q", "k", "v")}
     values |= {"alpha": torch.rand(H, dtype=sums), "center": torch.randn(H, 2, dtype=sums)}
-    values |= {"out": torch.randn(B, H, N, D, dtype=dtype), "lse": torch.randn(B, H, N, dtype=sums), "seed": None}
+    values |= {"out": torch.randn(B, H, N, D, dtype=dtype), "stats": torch.randn(B, H, 2, N, dtype=sums), "seed": None}
     values |= {"grid_h": GRID[0], "grid_w": GRID[1], "num_prefix_tokens": PREFIX, "scale": 0.3}
     return values | {"rpe_dropout": 0.0, "attn_dropout": 0.0} | changes
 
@@ -69,8 +69,8 @@ BAD_BACKWARD = {
     "grad_out shorter": ({"grad_out": torch.randn(B, H, N - 1, D)}, "grad_out must have shape"),
     "grad_out of another dtype": ({"grad_out": torch.randn(B, H, N, D).half()}, "grad_out must be Float"),
     "out of other heads": ({"out": torch.randn(B, 1, N, D)}, "out must have shape"),
-    "lse of another shape": ({"lse": torch.randn(B, H)}, "lse must have shape"),
-    "lse of another dtype": ({"lse": torch.randn(B, H, N).double()}, "lse must be Float"),
+    "stats of another shape": ({"stats": torch.randn(B, H)}, "stats must have shape"),
+    "stats of another dtype": ({"stats": torch.randn(B, H, 2, N).double()}, "stats must be Float"),
 }
 
 
@@ -102,16 +102,16 @@ def test_sizes_of_zero(shape):
     for name in ("q", "k", "v", "grad_out", "out"):
         values[name] = torch.randn(shape)
     heads = shape[1]
-    values |= {"alpha": torch.rand(heads), "center": torch.rand(heads, 2), "lse": torch.randn(shape[:3])}
-    out, lse = forward(**values)
-    assert out.shape == shape and lse.shape == shape[:3]
+    values |= {"alpha": torch.rand(heads), "center": torch.rand(heads, 2), "stats": torch.randn(*shape[:2], 2, shape[2])}
+    out, stats = forward(**values)
+    assert out.shape == shape and stats.shape == (*shape[:2], 2, shape[2])
     gradients = backward(**values)
     assert [tuple(g.shape) for g in gradients] == [shape, shape, shape, (heads,), (heads, 2)]
     assert all((g == 0).all() for g in gradients)
 
 
 def test_no_tokens_and_prefix_tokens_alone():
-    values = arguments(grid_h=0, grid_w=7, num_prefix_tokens=0, lse=torch.randn(B, H, 0))
+    values = arguments(grid_h=0, grid_w=7, num_prefix_tokens=0, stats=torch.randn(B, H, 2, 0))
     for name in ("q", "k", "v", "grad_out", "out"):
         values[name] = torch.randn(B, H, 0, D)
     assert forward(**values)[0].shape == (B, H, 0, D)
@@ -126,10 +126,10 @@ def test_no_tokens_and_prefix_tokens_alone():
 def test_layout_of_results():
     values = arguments()
     dense = torch.empty(B, N, H, D).transpose(1, 2)
-    out, lse = forward(**values)
+    out, stats = forward(**values)
     for x in (out, *backward(**values)[:3]):
         assert x.shape == dense.shape and x.stride() == dense.stride()
-    assert lse.is_contiguous()
+    assert stats.is_contiguous()
 
 
 def test_any_strides_come_in():
@@ -138,7 +138,7 @@ def test_any_strides_come_in():
     awkward = dict(plain)
     for name in ("q", "k", "v", "grad_out", "out"):
         awkward[name] = plain[name].transpose(2, 3).contiguous().transpose(2, 3)
-    awkward["lse"] = plain["lse"].transpose(1, 2).contiguous().transpose(1, 2)
+    awkward["stats"] = plain["stats"].transpose(1, 2).contiguous().transpose(1, 2)
     awkward["alpha"] = plain["alpha"].repeat_interleave(2)[::2]
     awkward["center"] = plain["center"].t().contiguous().t()
     for got, want in zip((*forward(**awkward), *backward(**awkward)), expected, strict=True):
@@ -180,12 +180,12 @@ def test_numpy_kernels_agree_with_the_operators(kernels, dtype):
     options = {name: values[name] for name in (*names, "rpe_dropout", "attn_dropout")}
     options = {name: to_numpy(x) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     problem = kernels.MhcaAttention(**options, seed=77)
-    out, lse = problem.forward()
+    out, stats = problem.forward()
     expected_out, expected_lse = forward(**values)
     np.testing.assert_array_equal(out, to_numpy(expected_out.contiguous()))
-    np.testing.assert_array_equal(lse, expected_lse.numpy())
-    gradients = problem.backward(to_numpy(values["grad_out"]), out, lse)
-    values |= {"out": expected_out, "lse": expected_lse}
+    np.testing.assert_array_equal(stats, expected_lse.numpy())
+    gradients = problem.backward(to_numpy(values["grad_out"]), out, stats)
+    values |= {"out": expected_out, "stats": expected_lse}
     for got, want in zip(gradients, backward(**values), strict=True):
         np.testing.assert_array_equal(got, to_numpy(want.contiguous()))
 

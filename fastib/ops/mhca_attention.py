@@ -17,10 +17,10 @@ _OPTIONS = "int grid_h, int grid_w, int num_prefix_tokens, float scale, float rp
 SCHEMAS = {
     "mhca_attention": (
         f"(Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor center, Tensor? seed, {_OPTIONS})"
-        " -> (Tensor out, Tensor lse)"
+        " -> (Tensor out, Tensor stats)"
     ),
     "mhca_attention_backward": (
-        "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor center, Tensor out, Tensor lse,"
+        "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor center, Tensor out, Tensor stats,"
         f" Tensor? seed, {_OPTIONS})"
         " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_alpha, Tensor grad_center)"
     ),
@@ -144,7 +144,7 @@ def _check_tensors(
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, _ = q.shape
-    return _empty_out(q), alpha.new_empty((batch, heads, tokens))
+    return _empty_out(q), alpha.new_empty((batch, heads, 2, tokens))
 
 
 def _backward_fake(
@@ -171,8 +171,8 @@ class _MHCAAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         with below_autograd():
-            out, lse = _forward(*args)
-        _save(ctx, args, (out, lse))
+            out, stats = _forward(*args)
+        _save(ctx, args, (out, stats))
         return out
 
     @staticmethod
@@ -185,8 +185,8 @@ class _MHCAAttention(torch.autograd.Function):
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, alpha, center, seed, *options = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, alpha, center, out, lse, seed)
+    out, stats = output
+    ctx.save_for_backward(q, k, v, alpha, center, out, stats, seed)
     ctx.options = options
     ctx.set_materialize_grads(False)
 

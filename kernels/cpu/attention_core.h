@@ -3,6 +3,9 @@
 // Queries go in blocks of kQueryBlock rows, keys in blocks of at most kKeyBlock; the scores of a block stay in cache
 // and nothing of size N x N exists. `Term` supplies the additive term in units of log 2 and collects its gradient:
 //   TermRow<T> term(i, j0, n, room);  void add_gradient(i, j0, n, ds);
+//
+// For the backward, `stats` (2, N) keeps each row's largest score and the log of the sum of its exponentials from
+// there, in units of log 2: their sum alone would round large scores more than the softmax did.
 #pragma once
 
 #include <cstdint>
@@ -97,7 +100,7 @@ class AttentionCore {
   }
 
   template <typename E, typename Term>
-  void forward(const AttentionInputs<E>& x, Rows<E> out, T* lse, uint64_t first_element, Term& term) {
+  void forward(const AttentionInputs<E>& x, Rows<E> out, T* stats, uint64_t first_element, Term& term) {
     pack_columns(k_columns_, x.k, s_.N, s_.D);
     pack_right(v_, width_, x.v, s_.N, s_.D);
     for (int64_t i0 = 0; i0 < s_.N; i0 += kQueryBlock) {
@@ -113,22 +116,18 @@ class AttentionCore {
         softmax_block(rows, n, j0 > 0);
         if (s_.dropout > 0)
           for (int64_t r = 0; r < rows; ++r) drop(scores_ + r * row_stride_, n, first_element + (i0 + r) * s_.N + j0);
-        if constexpr (kPaired)
-          for (int64_t r = 0; r < rows; ++r) {
-            T* p = scores_ + r * row_stride_;
-            pair_along(reinterpret_cast<U*>(p), p, n);
-          }
         weighted_rows(out_, reinterpret_cast<const U*>(scores_), v_, rows, j0, n, j0 > 0);
       }
       for (int64_t r = 0; r < rows; ++r) {
         unpack_rows(out.from(i0 + r), out_ + r * width_, width_, 1, s_.D, kept_scale_ / row_sum_[r]);
-        lse[i0 + r] = (row_max_[r] + std::log2(row_sum_[r])) * static_cast<T>(0.6931471805599453);
+        stats[i0 + r] = row_max_[r];
+        stats[s_.N + i0 + r] = std::log2(row_sum_[r]);
       }
     }
   }
 
   template <typename E, typename Term>
-  void backward(const AttentionGradInputs<E>& x, const T* lse, const AttentionGrads<E>& grad, uint64_t first_element,
+  void backward(const AttentionGradInputs<E>& x, const T* stats, const AttentionGrads<E>& grad, uint64_t first_element,
                 Term& term) {
     pack_right(k_, width_, x.forward.k, s_.N, s_.D);
     pack_columns(k_columns_, x.forward.k, s_.N, s_.D);
@@ -144,19 +143,23 @@ class AttentionCore {
       }
       for (int64_t r = 0; r < rows; ++r) {
         delta_[r] = dot(x.grad_out.row(i0 + r), x.out.row(i0 + r), s_.D);
-        row_max_[r] = lse[i0 + r] * static_cast<T>(kLog2e);
+        row_max_[r] = stats[i0 + r];
+        row_sum_[r] = stats[s_.N + i0 + r];
       }
       for (int64_t j0 = 0; j0 < keys_; j0 += block_) {
         const int64_t n = smaller(block_, keys_ - j0);
         score_block(i0, rows, j0, n, term,
-                    [lse = row_max_](T* p, int64_t r, Vec<T> x) { store(p, exp2_vec(x - lse[r])); });
+                    [top = row_max_, log_sum = row_sum_](T* p, int64_t r, Vec<T> x) {
+                      store(p, exp2_vec(x - top[r] - log_sum[r]));
+                    });
         score_gradient_block(rows, j0, n);
         for (int64_t r = 0; r < rows; ++r) {
           T* ds = grad_scores_ + r * row_stride_;
           if (s_.dropout > 0) drop_gradient(scores_ + r * row_stride_, ds, r, n, first_element + (i0 + r) * s_.N + j0);
           term.add_gradient(i0 + r, j0, n, ds);
+          if constexpr (kPaired)
+            if (r % 2 == 1 || r + 1 == rows) pair_rows(r & ~int64_t{1}, rows, n);
         }
-        if constexpr (kPaired) pair_blocks(rows, n);
         weighted_columns(grad_v_, scores_, grad_out_right_, rows, j0, n);
         weighted_columns(grad_k_, grad_scores_, q_right_, rows, j0, n);
         weighted_rows(out_, grad_scores_left_, k_, rows, j0, n, j0 > 0);
@@ -233,14 +236,13 @@ class AttentionCore {
       int64_t j = 0;
       for (; j + 2 * W <= n; j += 2 * W) {
         const Vec<T> p = exp2_vec(load(s + j) - top[r]), p2 = exp2_vec(load(s + j + W) - top[r]);
-        store(s + j, p);
-        store(s + j + W, p2);
+        store_probabilities(s, j, p, p2, 2);
         sum += p;
         sum2 += p2;
       }
       if (j < n) {
         const Vec<T> p = exp2_vec(load(s + j) - top[r]);
-        store(s + j, p);
+        store_probabilities(s, j, p, Vec<T>{}, 1);
         sum += p;
       }
       T before = 0;
@@ -254,9 +256,18 @@ class AttentionCore {
     }
   }
 
+  // One or two vectors of a row in place, as the left operand unless dropout is still to come.
+  void store_probabilities(T* row, int64_t j, Vec<T> p, Vec<T> p2, int vectors) {
+    if constexpr (kPaired)
+      if (s_.dropout <= 0) return store(reinterpret_cast<U*>(row) + j / 2, pair_along(p, p2));
+    store(row + j, p);
+    if (vectors == 2) store(row + j + kLanes<T>, p2);
+  }
+
   void drop(T* p, int64_t n, uint64_t first_element) {
     const int8_t* keep = dropout_row(mask_, n, first_element, s_.seed, kAttnDropoutStream, threshold_);
     for (int64_t j = 0; j < n; j += kLanes<T>) store(p + j, keep_lanes<T>(load(p + j), keep + j));
+    if constexpr (kPaired) pair_along(reinterpret_cast<U*>(p), p, n);
   }
 
   // Row r of probabilities and their gradients: dropout applied to both, the latter turned into the scores' gradients.
@@ -269,15 +280,15 @@ class AttentionCore {
     }
   }
 
-  // The blocks as operands: both in pairs of rows, in place, the scores' gradients in pairs of keys too.
-  void pair_blocks(int64_t rows, int64_t n) {
-    for (int64_t r = 0; r < rows; ++r)
-      pair_along(grad_scores_left_ + r * row_stride_, grad_scores_ + r * row_stride_, n);
-    for (T* block : {scores_, grad_scores_})
-      for (int64_t r = 0; r < rows; r += 2) {
-        T* row = block + r * row_stride_;
-        pair_across(reinterpret_cast<U*>(row), row, r + 1 < rows ? row + row_stride_ : nullptr, n);
-      }
+  // Rows r and r + 1 of the two blocks as operands: paired across in place, the scores' gradients paired along too.
+  void pair_rows(int64_t r, int64_t rows, int64_t n) {
+    const bool below = r + 1 < rows;
+    T *p = scores_ + r * row_stride_, *ds = grad_scores_ + r * row_stride_;
+    U* left = grad_scores_left_ + r * row_stride_;
+    pair_across(reinterpret_cast<U*>(p), p, below ? p + row_stride_ : nullptr, n);
+    pair_along(left, ds, n);
+    if (below) pair_along(left + row_stride_, ds + row_stride_, n);
+    pair_across(reinterpret_cast<U*>(ds), ds, below ? ds + row_stride_ : nullptr, n);
   }
 
   // dst (rows, D) = (or +=) block (rows, keys) times rows [j0, ...) of right.

@@ -59,7 +59,7 @@ void forward(const MhcaAttentionParams& p, int64_t begin, int64_t end) {
   for_each_pair<E>(p, false, begin, end, [&](auto& core, auto& term, int64_t b, int64_t h) {
     const int64_t pair_index = b * p.H + h;
     core.forward(inputs<E>(p, b, h), pair<E>(p.out, p.out_stride, b, h),
-                 static_cast<Compute<E>*>(p.lse) + pair_index * p.N, static_cast<uint64_t>(pair_index) * p.N * p.N,
+                 static_cast<Compute<E>*>(p.stats) + pair_index * 2 * p.N, static_cast<uint64_t>(pair_index) * p.N * p.N,
                  term);
   });
 }
@@ -74,7 +74,7 @@ void backward(const MhcaAttentionGradParams& g, int64_t begin, int64_t end) {
     const AttentionGrads<E> grads{pair<E>(g.grad_q, g.grad_q_stride, b, h), pair<E>(g.grad_k, g.grad_k_stride, b, h),
                                   pair<E>(g.grad_v, g.grad_v_stride, b, h)};
     term.clear_gradient();
-    core.backward(x, static_cast<const Compute<E>*>(p.lse) + pair_index * p.N, grads,
+    core.backward(x, static_cast<const Compute<E>*>(p.stats) + pair_index * 2 * p.N, grads,
                   static_cast<uint64_t>(pair_index) * p.N * p.N, term);
     term.gradient(g.grad_position + pair_index * 3);
   });

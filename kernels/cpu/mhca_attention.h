@@ -27,7 +27,7 @@ struct MhcaAttentionParams {
   uint64_t seed;        // read only where a probability is above 0
   void* out;            // (B, H, N, D); read by the backward
   int64_t out_stride[3];
-  void* lse;  // (B, H, N) dense, log of the softmax denominator; same type as alpha; read by the backward
+  void* stats;  // (B, H, 2, N) dense, see attention_core.h; same type as alpha; read by the backward
 };
 
 struct MhcaAttentionGradParams {

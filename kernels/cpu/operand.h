@@ -79,12 +79,15 @@ inline void pack_columns(BFloat16Pair* dst, Rows<const bfloat16> from, int64_t n
     }
 }
 
+// The lanes of a, then those of b, in pairs.
+inline Vec<BFloat16Pair> pair_along(Vec<float> a, Vec<float> b) {
+  return (Vec<BFloat16Pair>)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+}
+
 // dst[j / 2] = (row[j], row[j + 1]) for n elements, whole vectors; dst may be row.
 inline void pair_along(BFloat16Pair* dst, const float* row, int64_t n) {
-  for (int64_t j = 0; j < n; j += 32) {
-    const __m512 second = j + 16 < n ? _mm512_loadu_ps(row + j + 16) : __m512{};
-    _mm512_storeu_si512(dst + j / 2, (__m512i)_mm512_cvtne2ps_pbh(second, _mm512_loadu_ps(row + j)));
-  }
+  for (int64_t j = 0; j < n; j += 32)
+    store(dst + j / 2, pair_along(load(row + j), j + 16 < n ? load(row + j + 16) : Vec<float>{}));
 }
 
 // dst[j] = (row[j], below[j]) for n elements, whole vectors; dst may be row. Without a row below: zeros.

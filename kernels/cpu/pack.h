@@ -44,28 +44,56 @@ struct Rows {
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // One vector of stored elements in the compute type, and back.
-template <typename E>
-inline Vec<Compute<E>> load_row(const E* p) {
-  Vec<Compute<E>> x;
-  if constexpr (sizeof(E) == sizeof(Compute<E>)) {
-    std::memcpy(&x, p, sizeof(x));
-  } else {
-    Compute<E> lanes[kLanes<Compute<E>>];
-    for (int l = 0; l < kLanes<Compute<E>>; ++l) lanes[l] = load_float(p + l);
-    std::memcpy(&x, lanes, sizeof(x));
-  }
-  return x;
+template <typename T>
+inline Vec<T> load_row(const T* p) {
+  return load(p);
 }
 
-template <typename E>
-inline void store_row(E* p, Vec<Compute<E>> x) {
-  if constexpr (sizeof(E) == sizeof(Compute<E>)) {
-    std::memcpy(p, &x, sizeof(x));
-  } else {
-    Compute<E> lanes[kLanes<Compute<E>>];
-    std::memcpy(lanes, &x, sizeof(x));
-    for (int l = 0; l < kLanes<Compute<E>>; ++l) store_float(p + l, lanes[l]);
-  }
+template <typename T>
+inline void store_row(T* p, Vec<T> x) {
+  store(p, x);
+}
+
+using Words = uint16_t __attribute__((vector_size(kVectorBytes / 2)));
+using WideWords = uint32_t __attribute__((vector_size(kVectorBytes)));
+
+inline Vec<float> load_row(const bfloat16* p) {
+  Words words;
+  std::memcpy(&words, p, sizeof(words));
+  return (Vec<float>)(__builtin_convertvector(words, WideWords) << 16);
+}
+
+// to_bfloat16 of every lane.
+inline void store_row(bfloat16* p, Vec<float> x) {
+  const WideWords bits = (WideWords)x;
+  const WideWords rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const auto nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+  const Words words = __builtin_convertvector(nan ? (bits >> 16) | 0x0040u : rounded, Words);
+  std::memcpy(p, &words, sizeof(words));
+}
+
+inline Vec<float> load_row(const float16* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  float lanes[kLanes<float>];
+  for (int l = 0; l < kLanes<float>; ++l) lanes[l] = load_float(p + l);
+  return load(lanes);
+#endif
+}
+
+inline void store_row(float16* p, Vec<float> x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  float lanes[kLanes<float>];
+  store(lanes, x);
+  for (int l = 0; l < kLanes<float>; ++l) store_float(p + l, lanes[l]);
+#endif
 }
 
 // Transposes a square of vectors in place: swaps ever smaller blocks across the diagonal.

@@ -132,21 +132,27 @@ inline T horizontal_max(Vec<T> x) {
   return fold_lanes<T>(x, [](Vec<T> a, Vec<T> b) { return maximum<T>(a, b); });
 }
 
-// 2^x, relative error below 2e-7; 0 below the normal range; NaN stays NaN. For x up to 127.
+// 2^x, relative error below 2e-7; 0 below the normal range (subnormal there with AVX-512); NaN stays NaN. For x up to 127.
 inline Vec<float> exp2_vec(Vec<float> x) {
+  const auto fraction_power = [](Vec<float> f) {  // 2^f, |f| <= 1/2
+    Vec<float> p = f * 0.001327647217f + 0.009675541331f;
+    p = p * f + 0.05550713273f;
+    p = p * f + 0.2402211972f;
+    p = p * f + 0.6931469671f;
+    return p * f + 1.000000072f;
+  };
+#if defined(__AVX512DQ__)
+  const Vec<float> f = (Vec<float>)_mm512_reduce_ps((__m512)x, 0);  // x less its nearest integer, 0 for -infinity
+  return (Vec<float>)_mm512_scalef_ps((__m512)fraction_power(f), (__m512)(x - f));
+#else
   using I = Simd<float>::ivec;
   const Vec<float> lowest = splat(-127.0f);  // its power below is 0
   x = lowest > x ? lowest : x;
   const Vec<float> rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec<float> shifted = x + rounder;
-  const Vec<float> f = x - (shifted - rounder);
-  Vec<float> p = f * 0.001327647217f + 0.009675541331f;
-  p = p * f + 0.05550713273f;
-  p = p * f + 0.2402211972f;
-  p = p * f + 0.6931469671f;
-  p = p * f + 1.000000072f;
   const Vec<float> power = (Vec<float>)(((I)shifted << 23) + 0x3f800000);
-  return p * power;
+  return fraction_power(x - (shifted - rounder)) * power;
+#endif
 }
 
 inline Vec<double> exp2_vec(Vec<double> x) {

@@ -74,7 +74,7 @@ def _fwd_tile(
 
 @triton.jit(do_not_specialize=SCALARS)
 def mhca_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, alpha_ptr, center_ptr, seed_ptr, rpe_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, alpha_ptr, center_ptr, seed_ptr, rpe_ptr, out_ptr, stats_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     H, N, grid_w, scale, rpe_factor, attn_threshold, attn_factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, P: tl.constexpr, RPE: tl.constexpr, ATTN: tl.constexpr,
@@ -142,7 +142,8 @@ def mhca_attention_fwd_kernel(
                 (acc, m, norm), qkv, rows, task, drop, full + zero, P, RPE, ATTN, TAIL, False, P > 0
             )
         store_rows(out_ptr, start_m, BLOCK_M, H * D, acc / norm[:, None], N, D, BLOCK_D)
-        tl.store(lse_ptr + bh * N + i, (m + tl.log2(norm)) / LOG2E, mask=i < N)
+        tl.store(stats_ptr + 2 * bh * N + i, m, mask=i < N)
+        tl.store(stats_ptr + (2 * bh + 1) * N + i, tl.log2(norm), mask=i < N)
 
 
 @triton.jit
@@ -153,7 +154,7 @@ def _bwd_kv_tile(
     """Adds queries start ... start + WIDTH - 1 to dk and dv: (keys, BLOCK_D). Tiles are transposed: (keys, WIDTH)."""
     dk, dv = grads
     k, v = kv
-    q_ptr, do_ptr, o_ptr, lse_ptr, stride_qn, stride_don, stride_on, center_y, center_x = queries
+    q_ptr, do_ptr, o_ptr, stats_ptr, stride_qn, stride_don, stride_on, center_y, center_x = queries
     j, start_n, y_j, x_j, slope = keys
     bh, h, N, grid_w, scale_log2, center_sq = task
     rpe_ptr, seed_ptr, threshold, factor = drop
@@ -163,7 +164,8 @@ def _bwd_kv_tile(
     do = load_rows(do_ptr, start, WIDTH, stride_don, N, D, BLOCK_D, FULL)
     o = load_rows(o_ptr, start, WIDTH, stride_on, N, D, BLOCK_D, FULL)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    lse = tl.load(lse_ptr + i, mask=i < N, other=float("inf")) * LOG2E
+    top = tl.load(stats_ptr + i, mask=i < N, other=float("inf"))
+    log_sum = tl.load(stats_ptr + N + i, mask=i < N, other=0.0)
     y_i, x_i = grid_position(start, WIDTH, grid_w, P)
     y_i += center_y
     x_i += center_x
@@ -174,7 +176,7 @@ def _bwd_kv_tile(
     bias, _, _, _ = position_exponent(
         slope[:, None], y_i[None, :], x_i[None, :], y_j[:, None], x_j[:, None], center_sq, inside, RPE or P > 0
     )
-    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 + bias - lse[None, :])
+    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 + bias - top[None, :] - log_sum[None, :])
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     p_kept = p
     if ATTN:
@@ -192,9 +194,12 @@ def _bwd_q_tile(
     sums, row_tiles, rows, kv, task, drop, start, D: tl.constexpr, BLOCK_D: tl.constexpr,
     P: tl.constexpr, RPE: tl.constexpr, ATTN: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Adds keys start ... start + WIDTH - 1 to dq and, for alpha and center, to row sums of ds r, ds u, ds w and ds."""
+    """Adds keys start ... start + WIDTH - 1 to dq and, for alpha and center, to row sums of ds r, ds u, ds w and ds.
+
+    All of them are larger by the softmax's sum: p is not divided by it.
+    """
     dq, sum_r, sum_u, sum_w, sum_1 = sums
-    q, do, lse, delta = row_tiles
+    q, do, top, delta = row_tiles
     i, y_i, x_i, slope = rows
     k_ptr, v_ptr, stride_kn, stride_vn = kv
     bh, h, N, grid_w, scale_log2, center_sq = task
@@ -210,7 +215,9 @@ def _bwd_q_tile(
     bias, u, w, r = position_exponent(
         slope[:, None], y_i[:, None], x_i[:, None], y_j[None, :], x_j[None, :], center_sq, inside, RPE or P > 0
     )
-    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + bias - lse[:, None])
+    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + bias - top[:, None])
+    if not FULL:
+        p = tl.where(j[None, :] < N, p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     if ATTN:
         bits = attn_bits(seed_ptr, bh, i, start, N, threshold, WIDTH)
@@ -226,7 +233,7 @@ def _bwd_q_tile(
 
 @triton.jit(do_not_specialize=SCALARS)
 def mhca_attention_bwd_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, alpha_ptr, center_ptr, o_ptr, lse_ptr, seed_ptr, rpe_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, alpha_ptr, center_ptr, o_ptr, stats_ptr, seed_ptr, rpe_ptr,
     dq_ptr, dk_ptr, dv_ptr, part_ptr,
     stride_dob, stride_doh, stride_don, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
@@ -251,7 +258,7 @@ def mhca_attention_bwd_kernel(
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     o_ptr += b * stride_ob + h * stride_oh
-    lse_ptr += bh * N
+    stats_ptr += 2 * bh * N
     grad_offset = (b * N * H + h) * D
 
     slope, center_y, center_x, center_sq = head_position(alpha_ptr, center_ptr, h, rpe_factor)
@@ -265,7 +272,7 @@ def mhca_attention_bwd_kernel(
     if tl.program_id(0) % 2 == 0:
         k = load_rows(k_ptr, start_m, BLOCK_M, stride_kn, N, D, BLOCK_D, False)
         v = load_rows(v_ptr, start_m, BLOCK_M, stride_vn, N, D, BLOCK_D, False)
-        queries = (q_ptr, do_ptr, o_ptr, lse_ptr, stride_qn, stride_don, stride_on, center_y, center_x)
+        queries = (q_ptr, do_ptr, o_ptr, stats_ptr, stride_qn, stride_don, stride_on, center_y, center_x)
         keys = (own, start_m, y, x, slope)
         dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -284,8 +291,8 @@ def mhca_attention_bwd_kernel(
         do = load_rows(do_ptr, start_m, BLOCK_M, stride_don, N, D, BLOCK_D, False)
         o = load_rows(o_ptr, start_m, BLOCK_M, stride_on, N, D, BLOCK_D, False)
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-        lse = tl.load(lse_ptr + own, mask=own < N, other=float("inf")) * LOG2E
-        row_tiles = (q, do, lse, delta)
+        top = tl.load(stats_ptr + own, mask=own < N, other=float("inf"))
+        row_tiles = (q, do, top, delta)
         rows = (own, y + center_y, x + center_x, slope)
         kv = (k_ptr, v_ptr, stride_kn, stride_vn)
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -303,12 +310,13 @@ def mhca_attention_bwd_kernel(
             dq, s_r, s_u, s_w, s_1 = _bwd_q_tile(
                 sums, row_tiles, rows, kv, task, drop, full, D, BLOCK_D, P, RPE, ATTN, TAIL, False
             )
-        store_rows(dq_ptr + grad_offset, start_m, BLOCK_M, H * D, dq * scale, N, D, BLOCK_D)
+        per_sum = tl.exp2(-tl.load(stats_ptr + N + own, mask=own < N, other=0.0))
+        store_rows(dq_ptr + grad_offset, start_m, BLOCK_M, H * D, dq * (per_sum * scale)[:, None], N, D, BLOCK_D)
         part_ptr += h * 3 * S + b * blocks + block
-        in_grid = own[None, :] >= P  # two dimensions, since Triton 3.6 fails on Blackwell to reduce one
-        tl.store(part_ptr, tl.sum(tl.where(in_grid, s_r[None, :], 0.0)))
-        tl.store(part_ptr + S, tl.sum(tl.where(in_grid, (s_u + center_y * s_1)[None, :], 0.0)))
-        tl.store(part_ptr + 2 * S, tl.sum(tl.where(in_grid, (s_w + center_x * s_1)[None, :], 0.0)))
+        weight = tl.where(own >= P, per_sum, 0.0)[None, :]  # two dimensions: Triton 3.6 cannot reduce one on Blackwell
+        tl.store(part_ptr, tl.sum(weight * s_r[None, :]))
+        tl.store(part_ptr + S, tl.sum(weight * (s_u + center_y * s_1)[None, :]))
+        tl.store(part_ptr + 2 * S, tl.sum(weight * (s_w + center_x * s_1)[None, :]))
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -334,7 +342,8 @@ def _bwd_reduce_kernel(part_ptr, alpha_ptr, dalpha_ptr, dcenter_ptr, S, rpe_fact
 def mhca_attention_fwd(
     q, k, v, alpha, center, seed, grid_h, grid_w, num_prefix_tokens, scale, rpe_dropout, attn_dropout
 ):
-    """out (B, H, N, D), laid out as (B, N, H, D), and lse (B, H, N) float32. Arguments: the native op's.
+    """out (B, H, N, D), laid out as (B, N, H, D), and stats (B, H, 2, N) float32: each row's largest score and
+    the log of the sum of its exponentials from there, in units of log 2. Arguments: the native op's.
 
     q, k, v: (B, H, N, D), any strides. alpha: (H,), center: (H, 2), float32. seed: one int64, read where a p > 0.
     RuntimeError for a dtype or a size that the kernels do not take.
@@ -342,9 +351,9 @@ def mhca_attention_fwd(
     config.check_supported(q)
     B, H, N, D = q.shape
     out = config.empty_rows(q)
-    lse = q.new_empty((B, H, N), dtype=torch.float32)
+    stats = q.new_empty((B, H, 2, N), dtype=torch.float32)
     if out.numel() == 0:
-        return out, lse.zero_()
+        return out, stats.zero_()
     q, k, v = config.dense_rows(q), config.dense_rows(k), config.dense_rows(v)
     dim = config.block_dim(D)
     tile, resident = config.forward_tile(config.chip_of(q), q.element_size(), N, dim, attn_dropout > 0)
@@ -353,23 +362,23 @@ def mhca_attention_fwd(
     with config.device_guard(q):
         rpe = rpe_mask(seed, H, N, num_prefix_tokens, rpe_threshold) if rpe_dropout > 0 else None
         mhca_attention_fwd_kernel[(B * H if resident else -(-N // tile.block_m) * B * H,)](
-            q, k, v, alpha.contiguous(), center.contiguous(), seed if attn_dropout > 0 else None, rpe, out, lse,
+            q, k, v, alpha.contiguous(), center.contiguous(), seed if attn_dropout > 0 else None, rpe, out, stats,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             H, N, max(grid_w, 1), float(scale), rpe_factor, attn_threshold, attn_factor,
             D, dim, num_prefix_tokens, rpe is not None, attn_dropout > 0,
             tile.block_m, tile.block_n, config.tail(N, tile.block_n), resident,
             num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers, enable_fp_fusion=True,
         )  # fmt: skip
-    return out, lse
+    return out, stats
 
 
 def mhca_attention_bwd(
-    grad_out, q, k, v, alpha, center, out, lse, seed,
+    grad_out, q, k, v, alpha, center, out, stats, seed,
     grid_h, grid_w, num_prefix_tokens, scale, rpe_dropout, attn_dropout,
 ):  # fmt: skip
     """Gradients to q, k, v (laid out as `out`), alpha and center (float32). Arguments: the native op's.
 
-    grad_out: (B, H, N, D), any strides. out, lse: what the forward gave. Errors as there.
+    grad_out: (B, H, N, D), any strides. out, stats: what the forward gave. Errors as there.
     """
     config.check_supported(q)
     B, H, N, D = q.shape
@@ -378,7 +387,7 @@ def mhca_attention_bwd(
     if q.numel() == 0:
         return dq, dk, dv, dalpha.zero_(), dcenter.zero_()
     do, q, k, v, out = (config.dense_rows(x) for x in (grad_out, q, k, v, out))
-    alpha, lse = alpha.contiguous(), lse.contiguous()
+    alpha, stats = alpha.contiguous(), stats.contiguous()
     dim = config.block_dim(D)
     tile = config.backward_tile(config.chip_of(q), q.element_size(), dim, attn_dropout > 0)
     rpe_threshold, rpe_factor = threshold_and_factor(rpe_dropout)
@@ -388,7 +397,7 @@ def mhca_attention_bwd(
         rpe = rpe_mask(seed, H, N, num_prefix_tokens, rpe_threshold) if rpe_dropout > 0 else None
         partials = alpha.new_empty((H, 3, B * blocks))
         mhca_attention_bwd_kernel[(2 * blocks * B * H,)](
-            do, q, k, v, alpha, center.contiguous(), out, lse, seed if attn_dropout > 0 else None, rpe,
+            do, q, k, v, alpha, center.contiguous(), out, stats, seed if attn_dropout > 0 else None, rpe,
             dq, dk, dv, partials,
             *do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             H, N, max(grid_w, 1), B * blocks, float(scale), rpe_factor, attn_threshold, attn_factor,

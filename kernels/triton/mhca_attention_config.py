@@ -44,9 +44,10 @@ def backward_tile(chip: int, itemsize: int, dim: int, attn_dropout: bool) -> Til
         return Tile(32 if dim <= 32 else 16, 32, 8, 1, 255)
     if dim > 64:
         return Tile(64, 16, 8, 1) if chip in (9, 10) else Tile(32, 32, 8, 1)
-    if chip not in (9, 10):
-        return Tile(64, 16 if attn_dropout else 32, 8, 1)
-    return Tile(64, 32, 8, 1) if attn_dropout else Tile(64, 32, 4, 2)
+    hopper = chip in (9, 10)
+    if attn_dropout:
+        return Tile(64, 32 if hopper and dim <= 32 else 16, 8, 1)
+    return Tile(64, 32, 4, 2) if hopper else Tile(64, 32, 8, 1)
 
 
 def block_dim(head_dim: int) -> int:

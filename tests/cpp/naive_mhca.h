@@ -14,7 +14,7 @@ struct NaiveMhca {
   uint64_t seed;
   std::vector<double> q, k, v, grad_out;  // (B, H, N, D)
   std::vector<double> alpha, center;      // (H,), (H, 2)
-  std::vector<double> out, lse, grad_q, grad_k, grad_v, grad_alpha, grad_center;
+  std::vector<double> out, stats, grad_q, grad_k, grad_v, grad_alpha, grad_center;
   double grad_alpha_terms = 0, grad_center_terms = 0;  // largest sum of absolute terms: what rounding errors scale with
 
   int64_t at(int64_t b, int64_t h, int64_t n) const { return ((b * H + h) * N + n) * D; }
@@ -28,7 +28,7 @@ struct NaiveMhca {
   void run() {
     const int64_t total = B * H * N * D;
     for (auto* x : {&out, &grad_q, &grad_k, &grad_v}) x->assign(total, 0);
-    lse.assign(B * H * N, 0), grad_alpha.assign(H, 0), grad_center.assign(2 * H, 0);
+    stats.assign(2 * B * H * N, 0), grad_alpha.assign(H, 0), grad_center.assign(2 * H, 0);
     std::vector<double> p(N), grad_p(N), factor(N), position_keep(N), dy(N), dx(N);
     std::vector<double> alpha_terms(H), center_terms(H);
     for (int64_t b = 0; b < B; ++b) {
@@ -49,7 +49,8 @@ struct NaiveMhca {
             max = std::max(max, p[j]);
           }
           for (int64_t j = 0; j < N; ++j) sum += std::exp(p[j] - max);
-          lse[(b * H + h) * N + i] = max + std::log(sum);
+          stats[2 * (b * H + h) * N + i] = max / std::log(2.0);
+          stats[(2 * (b * H + h) + 1) * N + i] = std::log2(sum);
           double delta = 0;
           for (int64_t j = 0; j < N; ++j) {
             p[j] = std::exp(p[j] - max) / sum;

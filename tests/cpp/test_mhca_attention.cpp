@@ -137,7 +137,7 @@ static void check_case(const Case& c, const std::string& isa) {
 
   struct Result {
     Strided<T> out, grad_q, grad_k, grad_v;
-    std::vector<Sum> lse, grad_alpha, grad_center;
+    std::vector<Sum> stats, grad_alpha, grad_center;
     std::vector<double> grad_position;
   };
   auto run = [&](int threads) {
@@ -146,7 +146,7 @@ static void check_case(const Case& c, const std::string& isa) {
              fresh,
              fresh,
              fresh,
-             std::vector<Sum>(c.B * c.H * N, Sum(NAN)),
+             std::vector<Sum>(2 * c.B * c.H * N, Sum(NAN)),
              std::vector<Sum>(c.H, Sum(NAN)),
              std::vector<Sum>(2 * c.H, Sum(NAN)),
              std::vector<double>(3 * c.B * c.H, NAN)};
@@ -156,7 +156,7 @@ static void check_case(const Case& c, const std::string& isa) {
     p.B = c.B, p.H = c.H, p.N = N, p.D = c.D;
     p.grid_h = c.grid_h, p.grid_w = c.grid_w, p.num_prefix_tokens = c.prefix;
     p.q = q.data.data(), p.k = k.data.data(), p.v = v.data.data(), p.out = r.out.data.data();
-    p.alpha = alpha.data(), p.center = center.data(), p.lse = r.lse.data();
+    p.alpha = alpha.data(), p.center = center.data(), p.stats = r.stats.data();
     p.scale = naive.scale, p.rpe_dropout = c.rpe_dropout, p.attn_dropout = c.attn_dropout, p.seed = naive.seed;
     g.grad_out = grad_out.data.data();
     g.grad_q = r.grad_q.data.data(), g.grad_k = r.grad_k.data.data(), g.grad_v = r.grad_v.data.data();
@@ -177,7 +177,7 @@ static void check_case(const Case& c, const std::string& isa) {
        << " prefix " << c.prefix << " dropout " << c.rpe_dropout << "/" << c.attn_dropout << " ";
   const double tolerance = 12 * Element<T>::unit + 64 * Element<T>::sum_unit;
   compare(name.str() + "out", one.out.values(), naive.out, tolerance);
-  compare(name.str() + "lse", {one.lse.begin(), one.lse.end()}, naive.lse, 64 * Element<T>::sum_unit);
+  compare(name.str() + "stats", {one.stats.begin(), one.stats.end()}, naive.stats, 64 * Element<T>::sum_unit);
   compare(name.str() + "grad_q", one.grad_q.values(), naive.grad_q, tolerance);
   compare(name.str() + "grad_k", one.grad_k.values(), naive.grad_k, tolerance);
   compare(name.str() + "grad_v", one.grad_v.values(), naive.grad_v, tolerance);
@@ -189,7 +189,7 @@ static void check_case(const Case& c, const std::string& isa) {
   auto same = [](const auto& a, const auto& b) {
     return std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0;
   };
-  CHECK(same(one.out.data, three.out.data) && same(one.lse, three.lse), name.str(), "the split changed the forward");
+  CHECK(same(one.out.data, three.out.data) && same(one.stats, three.stats), name.str(), "the split changed the forward");
   CHECK(same(one.grad_q.data, three.grad_q.data) && same(one.grad_k.data, three.grad_k.data) &&
             same(one.grad_v.data, three.grad_v.data) && same(one.grad_position, three.grad_position),
         name.str(), "the split changed the backward");
