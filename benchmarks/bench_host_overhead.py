@@ -70,6 +70,29 @@ def sdpa_step(inputs: Inputs, masked: bool) -> Step:
     return step
 
 
+class _Nothing(torch.autograd.Function):
+    gradients: tuple[torch.Tensor, ...] = ()
+
+    @staticmethod
+    def forward(ctx, *leaves):
+        return leaves[0].view_as(leaves[0])
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        return _Nothing.gradients
+
+
+def empty_step(inputs: Inputs) -> Step:
+    """An autograd.Function of the same leaves that computes nothing: what Python's autograd costs by itself."""
+    _Nothing.gradients = tuple(leaf.detach().clone() for leaf in inputs.leaves)
+
+    def step(checking: bool):
+        out = _Nothing.apply(*inputs.leaves)
+        return (out.detach(), *torch.autograd.grad(out, inputs.leaves, inputs.grad_out))
+
+    return step
+
+
 def make_job(device: str, backend: str | None) -> Job:
     case = Case(1, 1, 1, 8, "float32", "train", device=device)
     inputs = Inputs(case)
@@ -86,6 +109,7 @@ def make_job(device: str, backend: str | None) -> Job:
         peers=[
             Peer("fastib", lambda: fastib_step(inputs, backend)),
             Peer("fastib operators alone", lambda: native_step(inputs), note="no checks, no autograd"),
+            Peer("empty function", lambda: empty_step(inputs), gated=False, note="the same leaves, nothing computed"),
             Peer("sdpa no bias", lambda: sdpa_step(inputs, False), gated=False, note="gradients to q, k, v"),
             Peer("sdpa constant mask", lambda: sdpa_step(inputs, True), gated=False, note="gradients to q, k, v"),
         ],

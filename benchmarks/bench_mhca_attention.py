@@ -47,7 +47,7 @@ def goals(case: Case) -> tuple[Goal, ...]:
         return (Goal(0.85 if case.rpe_dropout else 0.75, ("sdpa no bias",)),)
     own_float32 = Case(**{**vars(case), "dtype": "float32"}).key
     return (
-        Goal(0.45, ("eager", "eager low", "sdpa no bias")),
+        Goal(0.45, ("eager", "sdpa no bias")),
         Goal(1.0, ("fastib",), case=own_float32),
     )
 

@@ -102,7 +102,11 @@ def test_sizes_of_zero(shape):
     for name in ("q", "k", "v", "grad_out", "out"):
         values[name] = torch.randn(shape)
     heads = shape[1]
-    values |= {"alpha": torch.rand(heads), "center": torch.rand(heads, 2), "stats": torch.randn(*shape[:2], 2, shape[2])}
+    values |= {
+        "alpha": torch.rand(heads),
+        "center": torch.rand(heads, 2),
+        "stats": torch.randn(*shape[:2], 2, shape[2]),
+    }
     out, stats = forward(**values)
     assert out.shape == shape and stats.shape == (*shape[:2], 2, shape[2])
     gradients = backward(**values)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -231,3 +232,18 @@ def test_the_same_library_runs_under_cpu_only_torch_213(tmp_path):
     others = "triton timm torchvision accelerate"
     run(textwrap.dedent(code) + OPERATOR, tmp_path, tmp_path / "torch", ROOT, hide=others.split())
     shutil.rmtree(tmp_path / "torch")
+
+
+@pytest.mark.parametrize("flags", ["-march=x86-64-v2", "-march=x86-64-v3", "-march=x86-64-v4 -mavx512bf16"])
+def test_clang_takes_the_kernels(flags):
+    """The vector code is written for GCC's and Clang's extensions alike."""
+    clang = shutil.which("clang++")
+    if clang is None:
+        pytest.skip("clang++ is not installed")
+    if platform.machine() != "x86_64":
+        pytest.skip("the flags are those of x86-64")
+    for source in sorted((ROOT / "kernels" / "cpu").glob("*.cpp")):
+        command = [clang, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", *flags.split()]
+        command += ["-DFASTIB_ISA_NAMESPACE=isa_v3", "-DFASTIB_X86", source]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]

@@ -148,10 +148,9 @@ class AttentionCore {
       }
       for (int64_t j0 = 0; j0 < keys_; j0 += block_) {
         const int64_t n = smaller(block_, keys_ - j0);
-        score_block(i0, rows, j0, n, term,
-                    [top = row_max_, log_sum = row_sum_](T* p, int64_t r, Vec<T> x) {
-                      store(p, exp2_vec(x - top[r] - log_sum[r]));
-                    });
+        score_block(i0, rows, j0, n, term, [top = row_max_, log_sum = row_sum_](T* p, int64_t r, Vec<T> x) {
+          store(p, exp2_vec(x - top[r] - log_sum[r]));
+        });
         score_gradient_block(rows, j0, n);
         for (int64_t r = 0; r < rows; ++r) {
           T* ds = grad_scores_ + r * row_stride_;
@@ -327,14 +326,14 @@ class AttentionCore {
   int64_t row_stride_ = 0;  // of scores_ and grad_scores_
   T score_unit_ = 0, kept_scale_ = 1;
   uint32_t threshold_ = 0;
-  U *q_ = nullptr, *grad_out_ = nullptr;              // (kQueryBlock, left_width_)
-  U *q_right_ = nullptr, *grad_out_right_ = nullptr;  // (summed(kQueryBlock), width_)
-  U *k_ = nullptr, *v_ = nullptr;                     // (summed(N), width_)
-  U *k_columns_ = nullptr, *v_columns_ = nullptr;     // (keys_ / lanes, depth_, lanes)
-  T *grad_k_ = nullptr, *grad_v_ = nullptr;           // (N, width_)
-  T *scores_ = nullptr, *grad_scores_ = nullptr;      // (kQueryBlock, row_stride_)
-  U* grad_scores_left_ = nullptr;                     // (kQueryBlock, row_stride_)
-  T* out_ = nullptr;                                  // (kQueryBlock, width_)
+  U *q_ = nullptr, *grad_out_ = nullptr;                          // (kQueryBlock, left_width_)
+  U *q_right_ = nullptr, *grad_out_right_ = nullptr;              // (summed(kQueryBlock), width_)
+  U *k_ = nullptr, *v_ = nullptr;                                 // (summed(N), width_)
+  U *k_columns_ = nullptr, *v_columns_ = nullptr;                 // (keys_ / lanes, depth_, lanes)
+  T *grad_k_ = nullptr, *grad_v_ = nullptr;                       // (N, width_)
+  T *scores_ = nullptr, *grad_scores_ = nullptr;                  // (kQueryBlock, row_stride_)
+  U* grad_scores_left_ = nullptr;                                 // (kQueryBlock, row_stride_)
+  T* out_ = nullptr;                                              // (kQueryBlock, width_)
   T *row_max_ = nullptr, *row_sum_ = nullptr, *delta_ = nullptr;  // (kQueryBlock,)
   int8_t* mask_ = nullptr;
 };

@@ -59,8 +59,8 @@ void forward(const MhcaAttentionParams& p, int64_t begin, int64_t end) {
   for_each_pair<E>(p, false, begin, end, [&](auto& core, auto& term, int64_t b, int64_t h) {
     const int64_t pair_index = b * p.H + h;
     core.forward(inputs<E>(p, b, h), pair<E>(p.out, p.out_stride, b, h),
-                 static_cast<Compute<E>*>(p.stats) + pair_index * 2 * p.N, static_cast<uint64_t>(pair_index) * p.N * p.N,
-                 term);
+                 static_cast<Compute<E>*>(p.stats) + pair_index * 2 * p.N,
+                 static_cast<uint64_t>(pair_index) * p.N * p.N, term);
   });
 }
 

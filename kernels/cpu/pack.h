@@ -100,19 +100,14 @@ inline void store_row(float16* p, Vec<float> x) {
 template <typename T, int kHalf = kLanes<T> / 2>
 inline __attribute__((always_inline)) void transpose(Vec<T> (&x)[kLanes<T>]) {
   if constexpr (kHalf > 0) {
-    using I = typename Simd<T>::ivec;
-    I low, high;
-#pragma GCC unroll 16
-    for (int l = 0; l < kLanes<T>; ++l) {
-      low[l] = l & kHalf ? kLanes<T> + l - kHalf : l;
-      high[l] = l & kHalf ? kLanes<T> + l : l + kHalf;
-    }
+    constexpr auto low = [](int l) { return l & kHalf ? kLanes<T> + l - kHalf : l; };
+    constexpr auto high = [](int l) { return l & kHalf ? kLanes<T> + l : l + kHalf; };
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes<T>; ++i)
       if (!(i & kHalf)) {
         const Vec<T> a = x[i], b = x[i + kHalf];
-        x[i] = __builtin_shuffle(a, b, low);
-        x[i + kHalf] = __builtin_shuffle(a, b, high);
+        x[i] = shuffle<T>(a, b, low);
+        x[i + kHalf] = shuffle<T>(a, b, high);
       }
     transpose<T, kHalf / 2>(x);
   }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -109,16 +110,28 @@ inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
+template <typename T, typename Index, int... kLane>
+inline Vec<T> shuffle_lanes(Vec<T> a, Vec<T> b, Index index, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, index(kLane)...);
+#else
+  return __builtin_shuffle(a, b, typename Simd<T>::ivec{index(kLane)...});
+#endif
+}
+
+// Lane l is lane index(l) of a followed by b; index is a lambda without captures.
+template <typename T, typename Index>
+inline Vec<T> shuffle(Vec<T> a, Vec<T> b, Index index) {
+  return shuffle_lanes<T>(a, b, index, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
 // Folds the upper half of the lanes onto the lower half until one is left.
 template <typename T, typename Fold, int kHalf = kLanes<T> / 2>
 inline __attribute__((always_inline)) T fold_lanes(Vec<T> x, const Fold& fold) {
   if constexpr (kHalf == 0) {
     return x[0];
   } else {
-    typename Simd<T>::ivec other;
-#pragma GCC unroll 16
-    for (int l = 0; l < kLanes<T>; ++l) other[l] = l ^ kHalf;
-    return fold_lanes<T, Fold, kHalf / 2>(fold(x, __builtin_shuffle(x, other)), fold);
+    return fold_lanes<T, Fold, kHalf / 2>(fold(x, shuffle<T>(x, x, [](int l) { return l ^ kHalf; })), fold);
   }
 }
 
@@ -132,7 +145,8 @@ inline T horizontal_max(Vec<T> x) {
   return fold_lanes<T>(x, [](Vec<T> a, Vec<T> b) { return maximum<T>(a, b); });
 }
 
-// 2^x, relative error below 2e-7; 0 below the normal range (subnormal there with AVX-512); NaN stays NaN. For x up to 127.
+// 2^x, relative error below 2e-7; 0 below the normal range (subnormal there with AVX-512); NaN stays NaN. For x up to
+// 127.
 inline Vec<float> exp2_vec(Vec<float> x) {
   const auto fraction_power = [](Vec<float> f) {  // 2^f, |f| <= 1/2
     Vec<float> p = f * 0.001327647217f + 0.009675541331f;
