@@ -244,6 +244,37 @@ def test_huge_alpha_stays_finite(target, alpha):
     assert all(t.isfinite().all() for t in problem.kernel(target)[:4])
 
 
+@pytest.mark.parametrize("alpha", [1e36, 3e38])
+def test_every_key_of_a_block_out_of_reach(target, alpha):
+    """Scores of -infinity: each patch attends to itself, in the last of several blocks of keys too."""
+    problem = Problem(1, 2, (1, 400), 8, torch.float32, prefix=0)
+    problem.inputs[3:] = [torch.full((2,), alpha), torch.zeros(2, 2)]
+    out, *grads = problem.kernel(target)
+    torch.testing.assert_close(out.cpu(), problem.inputs[2], rtol=1e-6, atol=0)
+    assert all(g.isfinite().all() for g in grads[:3])
+
+
+@pytest.mark.parametrize("grid", [(1, 1101), (1101, 1), (32, 33)])
+@pytest.mark.parametrize("rpe", [0.0, 0.2])
+def test_terms_made_row_by_row(target, grid, rpe):
+    """Grids whose tables or masks are too large to keep."""
+    options = {"rpe_dropout": rpe, "seed": 3} if rpe else {}
+    problem = Problem(1, 1, grid, 8, torch.float32)
+    problem.inputs[3] *= 0.01
+    problem.options |= options
+    problem.check(target)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+@pytest.mark.parametrize(("grid", "head_dim"), [((14, 14), 16), ((7, 9), 48), ((19, 18), 33)])
+def test_no_bias_in_16_bits(target, grid, head_dim, dtype):
+    """Roundings are independent, and their sum along the exact result is small; a wrong factor's is not."""
+    problem = Problem(2, 3, grid, head_dim, dtype)
+    for actual, exact in list(zip(problem.kernel(target), problem.exact(), strict=True))[:4]:
+        error = ((actual.double().cpu() - exact) * exact).sum() / exact.square().sum()
+        assert error.abs() <= 8 * torch.finfo(dtype).eps / exact.numel() ** 0.5
+
+
 def test_large_alpha_attends_to_center(target):
     problem = Problem(1, 2, (7, 7), 8, torch.float32)
     problem.inputs[3] = torch.full((2,), 1e4)

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import Target
@@ -54,6 +55,12 @@ VALUE_ERRORS = [
     ({"rpe_dropout": float("nan")}, r"rpe_dropout must be a probability in \[0, 1\], got nan"),
     ({"attn_dropout": 1.5}, r"attn_dropout must be a probability in \[0, 1\], got 1.5"),
     ({"scale": float("inf")}, r"scale must be a finite number, got inf"),
+    ({"grid_size": (3.0, 3.0)}, r"grid_size must be an int or a pair .*got \(3.0, 3.0\)"),
+    ({"num_prefix_tokens": 1.0}, r"num_prefix_tokens must be an int, got 1.0"),
+    ({"rpe_dropout": "half"}, r"rpe_dropout must be a probability in \[0, 1\], got 'half'"),
+    ({"attn_dropout": None}, r"attn_dropout must be a probability in \[0, 1\], got None"),
+    ({"scale": "a"}, r"scale must be a finite number, got 'a'"),
+    ({"scale": 10**400}, r"scale must be a finite number, got 1000"),
     ({"scale": float("nan")}, r"scale must be a finite number, got nan"),
     ({"seed": torch.zeros(2, dtype=torch.int64)}, r"seed must be one int64 element, got torch.int64 \(2,\)"),
     ({"seed": torch.zeros(1)}, r"seed must be one int64 element, got torch.float32 \(1,\)"),
@@ -69,6 +76,13 @@ def test_value_errors(backend, change, message):
     call = {**inputs(), "grid_size": 3, "backend": backend, **change}
     with pytest.raises(ValueError, match="^mhca_attention: " + message):
         mhca_attention(**call)
+
+
+def test_numbers_of_numpy(backend):
+    call = {**inputs(), "backend": backend, "rpe_dropout": 0.5}
+    plain = mhca_attention(**call, grid_size=3, num_prefix_tokens=1, seed=7)
+    numbers = {"grid_size": np.int64(3), "num_prefix_tokens": np.int32(1), "seed": np.int64(7)}
+    assert torch.equal(plain, mhca_attention(**call, **numbers))
 
 
 @pytest.mark.parametrize("name", ["k", "v", "alpha", "center", "seed"])

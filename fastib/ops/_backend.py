@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -140,9 +142,10 @@ def seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Ten
             raise invalid(op, "seed", "one int64 element", f"{seed.dtype} {tuple(seed.shape)}")
         check_device(op, "seed", seed, device)
         return seed
-    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise invalid(op, "seed", "None, an int or a one-element int64 tensor", repr(seed))
-    if not -(2**63) <= seed < 2**63:
+    seed = integer(op, "seed", seed, -(2**63))
+    if seed >= 2**63:
         raise invalid(op, "seed", "a 64-bit signed integer", seed)
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
@@ -160,5 +163,31 @@ def check_device(op: str, argument: str, tensor: Tensor, device: torch.device) -
 
 def check_probability(op: str, argument: str, p: float) -> None:
     """Raises ValueError where `p` is not a probability."""
-    if not 0.0 <= p <= 1.0:
-        raise invalid(op, argument, "a probability in [0, 1]", p)
+    try:
+        valid = 0.0 <= p <= 1.0
+    except TypeError:
+        valid = False
+    if not valid:
+        raise invalid(op, argument, "a probability in [0, 1]", repr(p))
+
+
+def check_finite(op: str, argument: str, x: float) -> None:
+    """Raises ValueError where `x` is not a finite number."""
+    try:
+        valid = math.isfinite(x)
+    except (TypeError, OverflowError):
+        valid = False
+    if not valid:
+        raise invalid(op, argument, "a finite number", repr(x))
+
+
+def integer(op: str, argument: str, n: Any, lowest: int = 0) -> int:
+    """`n` as an int. Raises ValueError where it is none, or below `lowest`."""
+    if not isinstance(n, (int, torch.SymInt)):
+        try:
+            n = operator.index(n)
+        except TypeError:
+            raise invalid(op, argument, "an int", repr(n)) from None
+    if n < lowest:
+        raise invalid(op, argument, f"{lowest} or more", n)
+    return n

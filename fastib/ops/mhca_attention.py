@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastib.ops import _backend
-from fastib.ops._backend import Op, below_autograd, check_device, check_probability, invalid, seed_tensor
+from fastib.ops._backend import (
+    Op,
+    below_autograd,
+    check_device,
+    check_finite,
+    check_probability,
+    integer,
+    invalid,
+    seed_tensor,
+)
 from fastib.reference.mhca_attention import mhca_attention_ref
 
 _NAME = "mhca_attention"
@@ -66,13 +74,14 @@ def mhca_attention(
     """
     q, k, v = _backend.autocast(q, k, v)
     grid_h, grid_w = _check_grid(grid_size)
+    num_prefix_tokens = integer(_NAME, "num_prefix_tokens", num_prefix_tokens)
     _check_tensors(q, k, v, alpha, center, grid_h, grid_w, num_prefix_tokens)
     check_probability(_NAME, "rpe_dropout", rpe_dropout)
     check_probability(_NAME, "attn_dropout", attn_dropout)
     if scale is None:
         scale = max(q.shape[3], 1) ** -0.5
-    elif not math.isfinite(scale):
-        raise invalid(_NAME, "scale", "a finite number", scale)
+    else:
+        check_finite(_NAME, "scale", scale)
     if seed is not None or rpe_dropout > 0 or attn_dropout > 0:
         seed = seed_tensor(_NAME, seed, q.device)
 
@@ -99,16 +108,12 @@ def mhca_attention(
 
 
 def _check_grid(grid_size: int | tuple[int, int]) -> tuple[int, int]:
-    if isinstance(grid_size, int):
-        grid_size = (grid_size, grid_size)
     try:
-        grid_h, grid_w = grid_size
-        valid = grid_h >= 0 and grid_w >= 0 and grid_h == int(grid_h) and grid_w == int(grid_w)
+        grid_h, grid_w = (grid_size, grid_size) if hasattr(grid_size, "__index__") else grid_size
+        return integer(_NAME, "grid_size", grid_h), integer(_NAME, "grid_size", grid_w)
     except (TypeError, ValueError):
-        valid = False
-    if not valid:
-        raise invalid(_NAME, "grid_size", "an int or a pair (grid_h, grid_w) of ints, none negative", repr(grid_size))
-    return grid_h, grid_w
+        expected = "an int or a pair (grid_h, grid_w) of ints, none negative"
+        raise invalid(_NAME, "grid_size", expected, repr(grid_size)) from None
 
 
 def _check_tensors(
@@ -135,8 +140,6 @@ def _check_tensors(
     if k.device != device or v.device != device or alpha.device != device or center.device != device:
         for name, tensor in {"k": k, "v": v, "alpha": alpha, "center": center}.items():
             check_device(_NAME, name, tensor, device)
-    if num_prefix_tokens < 0:
-        raise invalid(_NAME, "num_prefix_tokens", "0 or more", num_prefix_tokens)
     if shape[2] != num_prefix_tokens + grid_h * grid_w:
         tokens = f"of {num_prefix_tokens + grid_h * grid_w} tokens (num_prefix_tokens={num_prefix_tokens} + grid_size "
         raise invalid(_NAME, "q", tokens + f"{grid_h} x {grid_w})", f"N={shape[2]}")

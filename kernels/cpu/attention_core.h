@@ -107,7 +107,7 @@ class AttentionCore {
       const int64_t rows = smaller(kQueryBlock, s_.N - i0);
       pack_left(q_, left_width_, x.q.from(i0), rows, s_.D);
       for (int64_t r = 0; r < rows; ++r) {
-        row_max_[r] = -std::numeric_limits<T>::infinity();
+        row_max_[r] = std::numeric_limits<T>::lowest();  // finite: a block may hold -infinity alone
         row_sum_[r] = 0;
       }
       for (int64_t j0 = 0; j0 < keys_; j0 += block_) {

@@ -86,7 +86,12 @@ class RelativePosition {
     center_row_ = center_row;
     center_column_ = center_column;
     const T unit = static_cast<T>(1.4426950408889634) * (g.dropout > 0 ? kept_scale_ : T(1));
-    const auto part = [&](T d, T center) { return -alpha * (d * d - 2 * center * d) * unit; };
+    // Bounded, so that the parts in rows and in columns cannot be infinities of opposite sign.
+    const T bound = std::numeric_limits<T>::max() / 4;
+    const auto part = [&](T d, T center) {
+      const T x = -alpha * (d * d - 2 * center * d) * unit;
+      return x > bound ? bound : x < -bound ? -bound : x;
+    };
     for (int64_t y = 1 - g.grid_h; y < g.grid_h; ++y)
       row_table_[y + g.grid_h - 1] = part(static_cast<T>(y), center_row);
     for (int64_t x = 1 - g.grid_w; x < g.grid_w; ++x)

@@ -145,7 +145,7 @@ inline T horizontal_max(Vec<T> x) {
   return fold_lanes<T>(x, [](Vec<T> a, Vec<T> b) { return maximum<T>(a, b); });
 }
 
-// 2^x, relative error below 2e-7; 0 below the normal range (subnormal there with AVX-512); NaN stays NaN. For x up to
+// 2^x, relative error below 2.4e-7; 0 below the normal range (subnormal there with AVX-512); NaN stays NaN. For x up to
 // 127.
 inline Vec<float> exp2_vec(Vec<float> x) {
   const auto fraction_power = [](Vec<float> f) {  // 2^f, |f| <= 1/2

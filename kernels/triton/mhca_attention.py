@@ -119,7 +119,7 @@ def mhca_attention_fwd_kernel(
         rows = (i, y_i + center_y, x_i + center_x, tl.where(i >= P, slope, 0.0))
         q = load_rows(q_ptr, start_m, BLOCK_M, stride_qn, N, D, BLOCK_D, False)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        m = tl.full((BLOCK_M,), -3.0e38, tl.float32)  # finite: the scores of a tile may all be -infinity
         norm = tl.zeros((BLOCK_M,), tl.float32)
         zero = start_m >> 30  # keeps the compiler from holding the positions of all keys in registers
         if RESIDENT > 0:

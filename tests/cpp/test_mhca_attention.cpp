@@ -189,7 +189,8 @@ static void check_case(const Case& c, const std::string& isa) {
   auto same = [](const auto& a, const auto& b) {
     return std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0;
   };
-  CHECK(same(one.out.data, three.out.data) && same(one.stats, three.stats), name.str(), "the split changed the forward");
+  CHECK(same(one.out.data, three.out.data) && same(one.stats, three.stats), name.str(),
+        "the split changed the forward");
   CHECK(same(one.grad_q.data, three.grad_q.data) && same(one.grad_k.data, three.grad_k.data) &&
             same(one.grad_v.data, three.grad_v.data) && same(one.grad_position, three.grad_position),
         name.str(), "the split changed the backward");
@@ -200,10 +201,12 @@ static void check_case(const Case& c, const std::string& isa) {
 
 int main() {
   const Case cases[] = {
-      {1, 1, 1, 1, 0, 1, 0, 0},      {2, 3, 1, 1, 1, 8, 0, 0},      {3, 2, 7, 9, 0, 16, 0, 0},
-      {2, 2, 8, 8, 1, 24, 0.1, 0},   {1, 2, 14, 14, 1, 16, 0, 0},   {1, 1, 14, 14, 1, 32, 0.1, 0.2},
-      {1, 1, 16, 16, 1, 48, 0, 0.3}, {1, 2, 5, 3, 2, 64, 0.5, 0.5}, {1, 1, 4, 6, 5, 80, 0, 0},
-      {1, 1, 6, 5, 1, 128, 0.1, 0},  {1, 2, 3, 4, 1, 7, 1, 0},      {1, 2, 3, 4, 1, 13, 0, 1},
+      {1, 1, 1, 1, 0, 1, 0, 0},        {2, 3, 1, 1, 1, 8, 0, 0},      {3, 2, 7, 9, 0, 16, 0, 0},
+      {2, 2, 8, 8, 1, 24, 0.1, 0},     {1, 2, 14, 14, 1, 16, 0, 0},   {1, 1, 14, 14, 1, 32, 0.1, 0.2},
+      {1, 1, 16, 16, 1, 48, 0, 0.3},   {1, 2, 5, 3, 2, 64, 0.5, 0.5}, {1, 1, 4, 6, 5, 80, 0, 0},
+      {1, 1, 6, 5, 1, 128, 0.1, 0},    {1, 2, 3, 4, 1, 7, 1, 0},      {1, 2, 3, 4, 1, 13, 0, 1},
+      {1, 1, 19, 18, 1, 65, 0.1, 0.1}, {1, 1, 1, 400, 0, 33, 0, 0},   {1, 2, 3, 4, 17, 3, 0, 0},
+      {1, 1, 1, 1, 0, 200, 0, 0},
   };
   for (const std::string& isa : cpu_isas()) {
     CHECK(set_cpu_isa(isa) && cpu_isa() == isa);
