@@ -13,7 +13,7 @@ __all__ = ["Involution2d"]
 
 
 class Involution2d(nn.Module):
-    """Applies to each group of channels, at each place, a K x K kernel that two 1 x 1 convolutions make from that place.
+    """Applies to each group of channels, at each place, a K x K kernel that two 1 x 1 convolutions make from there.
 
     kernels = span(relu(norm(reduce(x)))), where x is first averaged over stride x stride cells; see
     `fastib.ops.involution`. The cells at the lower and right edge of an odd size are smaller, so any size will do.
@@ -22,9 +22,9 @@ class Involution2d(nn.Module):
     fewer channels than that, all of them share it. reduction: of the channels between the two convolutions.
     norm_layer, act_layer: between them; modules are made as `norm_layer(num_features)` and `act_layer()`.
     backend: of `fastib.ops.involution`.
-    Parameters: reduce (C / reduction, C, 1, 1), norm, span (G K^2, C / reduction, 1, 1) with bias, whose output channels
-    are ordered (group, row, column of the kernel).
-    ValueError where channels is not a multiple of group_channels, kernel_size is even, or stride or dilation is below 1.
+    Parameters: reduce (C / reduction, C, 1, 1), norm, span (G K^2, C / reduction, 1, 1) with bias, whose output
+    channels are ordered (group, row, column of the kernel).
+    ValueError where channels is no multiple of group_channels, kernel_size is even, or another number is below 1.
     """
 
     def __init__(
@@ -62,8 +62,9 @@ class Involution2d(nn.Module):
         return spanned.unflatten(1, (self.groups, self.kernel_size, self.kernel_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, channels, Hi, Wi); result: (B, channels, ceil(Hi / stride), ceil(Wi / stride)), in x's memory format."""
+        """x: (B, channels, Hi, Wi); result: (B, channels, ceil(Hi / stride), ceil(Wi / stride)), laid out as x is."""
         return involution(x, self.kernels(x), stride=self.stride, dilation=self.dilation, backend=self.backend)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}, groups={self.groups}"
+        sizes = f"{self.channels}, kernel_size={self.kernel_size}, groups={self.groups}"
+        return sizes + f", stride={self.stride}, dilation={self.dilation}"
