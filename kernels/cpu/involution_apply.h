@@ -47,6 +47,7 @@ class InvolutionForward {
         } else {
           from = w.at(0, 0, i, 0);
         }
+        look_ahead(runs.row, p, w, 0, smaller(i + 1, p.Ho - 1), 0);
         runs(x.at(i * p.stride - pad, -pad), from, out, p.Wo);
         unpack_row(y, i, out, channels);
       }
@@ -79,7 +80,8 @@ class InvolutionGradX {
     rows = smaller(p.Ho, (most_rows(p, p.Hi) + (p.K - 1) * d) / s + 2);
     grad = {nullptr, 0, 0, -left, left + p.Wo + (s - 1 + pad) / s};
     const int64_t pitch = p.channels_last ? grad.columns : left + divide_up(p.Wo, W) * W + (s - 1 + pad) / s;
-    staged = {nullptr, p.K, WeightRuns<M, true>::units(p.K), p.Wo, left, pitch, p.channels_last};
+    staged = {nullptr,        p.K, WeightRuns<M, true>::padded_units(p.K, p.channels_last), p.Wo, left, pitch,
+              p.channels_last};
   }
 
   void lay_out(Layout& memory) {
@@ -109,7 +111,7 @@ class InvolutionGradX {
       const Image<E> to = image(static_cast<E*>(g.grad_x), g.grad_x_stride, at.b, channel, p.Hi, p.Wi);
       for (int64_t i = at.begin; i < at.end; ++i) {
         stage_row(w, i);
-        for (int64_t q = 0; q < s && q < p.Wi; ++q) apply(classes[q], q);
+        for (int64_t q = 0; q < s && q < p.Wi; ++q) apply(classes[q], q, w);
         unpack_row(to, i, out, channels);
       }
     }
@@ -151,12 +153,14 @@ class InvolutionGradX {
       const int64_t t = i + pad - u * p.dilation;
       if (t < 0 || t % p.stride || t / p.stride >= p.Ho) continue;
       staged.stage(count, w, u, t / p.stride);
+      if (!count) first_u = u, next_row = smaller(t / p.stride + 1, p.Ho - 1);
       row_of_run[count++] = t / p.stride;
     }
   }
 
-  void apply(Class& of, int64_t q) {
+  void apply(Class& of, int64_t q, const Weights<const E>& w) {
     of.runs.clear();
+    look_ahead(of.runs.row, p, w, first_u, next_row, 1);
     for (int64_t r = 0; r < count; ++r) {
       const Unit* from = grad.at(row_of_run[r], of.offset);
       if constexpr (M::paired) {
@@ -170,7 +174,7 @@ class InvolutionGradX {
 
   const InvolutionGradParams& g;
   const InvolutionParams& p;
-  int64_t group, pad, left, skip, ahead, rows, count = 0;
+  int64_t group, pad, left, skip, ahead, rows, count = 0, first_u = 0, next_row = 0;
   ChannelVectors<M> grad;
   WeightRuns<M, true> staged;
   Sum* out = nullptr;

@@ -34,7 +34,10 @@ class InvolutionGradWeight {
     const int64_t planes = ChannelPlanes<M>::planes(group);
     memory.take(x.dst, planes * x.channel_step + W);
     memory.take(grad.dst, planes * grad.channel_step + W);
-    memory.take(out, kDotRows * divide_up(p.K * p.K, W) * W * W);
+    memory.take(x_column, p.K);
+    if (x_column)
+      for (int64_t v = 0, q = 0; v < p.K; ++v, q += p.dilation) x_column[v] = q % p.stride * x.width + q / p.stride;
+    if (p.channels_last) memory.take(out, kDotRows * taps() * W);
   }
 
   void unit(int64_t index) {
@@ -67,39 +70,42 @@ class InvolutionGradWeight {
   template <int R>
   void tiles(int64_t i) {
     for (int64_t j = 0; j < p.Wo; j += W) {
-      constexpr bool same = !M::paired && sizeof(E) == sizeof(Sum);
-      const bool straight = same && !p.channels_last && j + W <= p.Wo;
-      const Planes<Unit> grads{grad.dst + (i - grad.first_row) * grad.row_step() + j, grad.channel_step,
-                               apart * grad.row_step()};
-      for (int64_t v = 0; v < p.K; ++v) {
-        const int64_t column = v * p.dilation;
-        const Unit* from = x.dst + (i * p.stride - pad - x.first_row) * x.row_step() + column % p.stride * x.width +
-                           column / p.stride + j;
-        const Planes<Unit> values{from, x.channel_step, between * x.row_step()};
-        Sum* sums = out + v * W;
-        int64_t tap_step = p.K * W, row_step = taps() * W;
-        if constexpr (same)
-          if (straight) sums = to.at(0, v, i, j), tap_step = to.u, row_step = apart * to.row;
-        if (pattern == 2)
-          dot_column<M, 2, R>(p.K, ChannelPlanes<M>::planes(group), values, grads, sums, tap_step, row_step);
-        else
-          dot_column<M, 1, R>(p.K, ChannelPlanes<M>::planes(group), values, grads, sums, tap_step, row_step);
+      if (p.channels_last) {
+        window<R>(i, j, out, W, p.K * W, W, taps() * W);
+        for (int r = 0; r < R; ++r) flush(out + r * taps() * W, i + r * apart, j);
+      } else {
+        window<R>(i, j, to.at(0, 0, i, j), smaller(p.Wo - j, W), to.u, to.v, apart * to.row);
       }
-      if (straight) continue;
-      for (int r = 0; r < R; ++r) flush(out + r * taps() * W, i + r * apart, j);
     }
   }
 
-  int64_t taps() const { return divide_up(p.K * p.K, W) * W; }
+  template <int R, typename Out>
+  void window(int64_t i, int64_t j, Out* sums, int64_t lanes, int64_t u, int64_t v, int64_t row) const {
+    const DotWindow<M, Out> at{p.K,
+                               ChannelPlanes<M>::planes(group),
+                               lanes,
+                               x.dst + (i * p.stride - pad - x.first_row) * x.row_step() + j,
+                               grad.dst + (i - grad.first_row) * grad.row_step() + j,
+                               x_column,
+                               x.channel_step,
+                               between * x.row_step(),
+                               grad.channel_step,
+                               apart * grad.row_step(),
+                               sums,
+                               u,
+                               v,
+                               row};
+    if (pattern == 2)
+      dot_window<M, Out, 2, R>(at);
+    else
+      dot_window<M, Out, 1, R>(at);
+  }
 
-  // Vectors of pixels (taps, lanes) -> the weights of row i, columns [j, j + lanes).
+  int64_t taps() const { return divide_up(p.K * p.K, W) * W; }  // of one pixel, in whole vectors
+
+  // Vectors of pixels (taps, lanes) -> the dense taps of row i, columns [j, j + lanes).
   void flush(const Sum* sums, int64_t i, int64_t j) const {
     const int64_t n = smaller(p.Wo - j, W), all = p.K * p.K;
-    if (!p.channels_last) {
-      for (int64_t u = 0; u < p.K; ++u)
-        for (int64_t v = 0; v < p.K; ++v, sums += W) store_part(to.at(u, v, i, j), load(sums), n);
-      return;
-    }
     for (int64_t tap = 0; tap < all; tap += W) {
       Vec<Sum> square[W];
       for (int l = 0; l < W; ++l) square[l] = load(sums + (tap + l) * W);
@@ -113,6 +119,7 @@ class InvolutionGradWeight {
   int64_t group, pad, rows, apart, between, pattern;
   ChannelPlanes<M> x, grad;
   Weights<E> to{};
+  int64_t* x_column = nullptr;
   Sum* out = nullptr;
 };
 

@@ -1,37 +1,10 @@
 // Involution's images and weights, brought into the shapes that its tiles read: zero padded, in the compute type.
 #pragma once
 
+#include "half_lanes.h"
 #include "involution_taps.h"
-#include "pack.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
-
-// Lanes [0, n) of memory, zero beyond; nothing beyond is read.
-template <typename E>
-inline Vec<Compute<E>> load_part(const E* p, int64_t n) {
-  constexpr int W = kLanes<Compute<E>>;
-  if (n >= W) return load_row(p);
-#if defined(__AVX512F__)
-  if constexpr (sizeof(E) == 4) return (Vec<Compute<E>>)_mm512_maskz_loadu_ps((1u << n) - 1, p);
-  if constexpr (sizeof(E) == 8) return (Vec<Compute<E>>)_mm512_maskz_loadu_pd((1u << n) - 1, p);
-#endif
-  E part[W] = {};
-  for (int64_t l = 0; l < n; ++l) part[l] = p[l];
-  return load_row(part);
-}
-
-template <typename E>
-inline void store_part(E* p, Vec<Compute<E>> x, int64_t n) {
-  constexpr int W = kLanes<Compute<E>>;
-  if (n >= W) return store_row(p, x);
-#if defined(__AVX512F__)
-  if constexpr (sizeof(E) == 4) return _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)x);
-  if constexpr (sizeof(E) == 8) return _mm512_mask_storeu_pd(p, (1u << n) - 1, (__m512d)x);
-#endif
-  E part[W];
-  store_row(part, x);
-  for (int64_t l = 0; l < n; ++l) p[l] = part[l];
-}
 
 // One image, from the first channel of a group on. channel or column is 1.
 template <typename E>
@@ -44,9 +17,8 @@ struct Image {
 #if defined(__AVX512BF16__)
 // Lanes [from, to) of 16 bit memory, each in the low half of 32; nothing else is read.
 inline __m512i load_halves(const bfloat16* p, int64_t from, int64_t to) {
-  if (from >= to || to <= 0 || from >= 16) return _mm512_setzero_si512();
-  const uint32_t below = to >= 16 ? 0xFFFF : (1u << to) - 1, skipped = from <= 0 ? 0 : (1u << from) - 1;
-  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(below & ~skipped, p));
+  const uint32_t skipped = from < 0 ? 0 : from > 16 ? 16 : from, below = to < 0 ? 0 : to > 16 ? 16 : to;
+  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(((1u << below) - 1) & ~((1u << skipped) - 1), p));
 }
 
 inline __m512i pair_up(__m512i low, __m512i high) { return _mm512_or_si512(low, _mm512_slli_epi32(high, 16)); }

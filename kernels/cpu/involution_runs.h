@@ -66,6 +66,24 @@ void give_memory(Work& work, Scratch& scratch) {
   work.lay_out(memory);
 }
 
+// Points a row of tiles at the weights that the next row will read: row i for the first run, from row u of taps on, and
+// `rise` rows less for each run that follows. The many short rows of a kernel map are beyond the hardware's guess.
+template <typename E>
+void look_ahead(TapRow& row, const InvolutionParams& p, const Weights<const E>& w, int64_t u, int64_t i, int64_t rise) {
+  constexpr int64_t size = sizeof(E), line = 64;
+  const int64_t pixels = smaller(p.Wo, kAheadPixels) - 1;
+  row.ahead_pixel = w.column * size;
+  if (p.channels_last) {  // pixels in turn, a line of each in every second run
+    row.ahead = reinterpret_cast<const char*>(w.at(0, 0, i, 0));
+    row.ahead_tap = pixels > 0 ? 2 * row.ahead_pixel : 0;
+    row.ahead_run[0] = pixels > 0 ? row.ahead_pixel : 0, row.ahead_run[1] = line - row.ahead_run[0];
+  } else {
+    row.ahead = reinterpret_cast<const char*>(w.at(u, 0, i, pixels));
+    row.ahead_tap = w.v * size;
+    row.ahead_run[0] = row.ahead_run[1] = (w.u - rise * w.row) * size;
+  }
+}
+
 // Up to `most` runs of `taps` taps. A run for whose length no function is compiled is cut into runs of one tap.
 template <typename M>
 class Runs {

@@ -4,6 +4,8 @@
 // serves every (pixel, tap) of the tile that meets it.
 #pragma once
 
+#include <utility>
+
 #include "../common/half.h"
 #include "simd.h"
 
@@ -47,15 +49,24 @@ struct TapRow {
   int64_t x_step;           // between what neighbouring columns of the tile's pattern read
   int64_t w_pixel, w_tap;   // steps of the weights
   int64_t out_step;         // between pixels
+  // Memory that the next row will read, asked for while this one is multiplied: bytes between taps and pixels, from
+  // even runs to odd ones, and back.
+  const char* ahead;
+  int64_t ahead_tap, ahead_pixel, ahead_run[2];
 };
+
+// Pixels of a full tile; it alone looks ahead.
+inline constexpr int kAheadPixels = 14;
 
 // One tile of P pixels: pixel p and tap t meet in column p * S + t * D.
 template <typename M, int N, int S, int D, int P>
 inline __attribute__((always_inline)) void tap_tile(const TapRow& row, const typename M::Unit* x,
-                                                    const typename M::Unit* w, typename M::Sum* out) {
+                                                    const typename M::Unit* w, typename M::Sum* out,
+                                                    const char* ahead) {
   const int64_t slide = row.w_tap - row.w_pixel * D;
   Vec<typename M::Sum> sum[P] = {};
-  for (int64_t r = 0; r < row.runs; ++r) {
+  int64_t step = row.ahead_run[0], next_step = row.ahead_run[1];
+  for (int64_t r = 0; r < row.runs; ++r, ahead += step, std::swap(step, next_step)) {
     const typename M::Unit* xr = x + row.x_offset[r];
     const typename M::Unit* wr = w + row.w_offset[r];
 #pragma GCC unroll 64
@@ -64,6 +75,7 @@ inline __attribute__((always_inline)) void tap_tile(const TapRow& row, const typ
 #pragma GCC unroll 16
       for (int t = 0; t < N; ++t) {
         const int place = at - t * D;
+        if (P == kAheadPixels && place == 0) __builtin_prefetch(ahead + t * row.ahead_tap, 0, 2);
         if (place % S == 0 && place >= 0 && place / S < P) {
           const int p = place / S;
           const auto* weight = S == 1 ? wr + at * row.w_pixel + t * slide : wr + p * row.w_pixel + t * row.w_tap;
@@ -80,7 +92,8 @@ template <typename M, int N, int S, int D, int P>
 inline int64_t tap_tiles(const TapRow& row, const typename M::Unit* x, const typename M::Unit* w, typename M::Sum* out,
                          int64_t p, int64_t pixels) {
   for (; p + P <= pixels; p += P)
-    tap_tile<M, N, S, D, P>(row, x + p * S * row.x_step, w + p * row.w_pixel, out + p * row.out_step);
+    tap_tile<M, N, S, D, P>(row, x + p * S * row.x_step, w + p * row.w_pixel, out + p * row.out_step,
+                            row.ahead + p * row.ahead_pixel);
   return p;
 }
 

@@ -28,6 +28,8 @@ struct WeightRuns {
   bool by_pixel;
 
   static int64_t units(int64_t K) { return M::paired ? (K + 1) / 2 : K; }
+  // Units from pixel to pixel: 8 where that keeps the taps of a pixel in one line of the cache.
+  static int64_t padded_units(int64_t K, bool by_pixel) { return by_pixel && units(K) > 4 && K < 8 ? 8 : units(K); }
   int64_t run_step() const { return count * pitch; }
   int64_t pixel_step() const { return by_pixel ? count : 1; }
   int64_t tap_step() const { return by_pixel ? 1 : pitch; }
@@ -42,27 +44,57 @@ struct WeightRuns {
         stage_pairs_by_pixel(run, w, u, i);
       else
         stage_pairs(run, w, u, i);
-    } else if (by_pixel) {
-      for (int64_t j = 0; j < columns; ++j)
-        for (int64_t v = 0; v < K; v += W) store(dst + at(run, v, j), load_part(w.at(u, v, i, j), K - v));
     } else {
-      for (int64_t v = 0; v < K; ++v)
-        for (int64_t j = 0; j < columns; j += W) store(dst + at(run, v, j), load_part(w.at(u, v, i, j), columns - j));
+      if (by_pixel)
+        stage_pixels(run, w, u, i);
+      else
+        stage_columns(run, w, u, i);
     }
   }
 
  private:
+  template <typename E>
+  void stage_columns(int64_t run, const Weights<const E>& w, int64_t u, int64_t i) const {
+    const int64_t taps = K, from_step = w.v, to_step = pitch, n = columns;
+    for (int64_t j = 0; j < n; j += W) {
+      const E* from = w.at(u, 0, i, j);
+      Unit* to = dst + at(run, 0, j);
+      const int64_t some = n - j;
+      for (int64_t v = 0; v < taps; ++v) store(to + v * to_step, load_part(from + v * from_step, some));
+    }
+  }
+
+  template <typename E>
+  void stage_pixels(int64_t run, const Weights<const E>& w, int64_t u, int64_t i) const {
+    const int64_t taps = K, from_step = w.column, to_step = count, n = columns;
+    const E* from = w.at(u, 0, i, 0);
+    Unit* to = dst + at(run, 0, 0);
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<E, float>)
+      if (taps <= 8) {
+        for (int64_t j = 0; j < n; ++j, from += from_step, to += to_step)
+          _mm256_storeu_ps(to, _mm256_maskz_loadu_ps((1u << taps) - 1, from));
+        return;
+      }
+#endif
+    for (int64_t j = 0; j < n; ++j, from += from_step, to += to_step)
+      for (int64_t v = 0; v < taps; v += W) store(to + v, load_part(from + v, taps - v));
+  }
+
   template <typename E>
   void stage_pairs(int64_t run, const Weights<const E>& w, int64_t u, int64_t i) const {
 #if defined(__AVX512BF16__)
     for (int64_t t = 0; t < count; ++t) {
       const int64_t low = kReversed ? K - 1 - 2 * t : 2 * t, high = kReversed ? low - 1 : low + 1;
       const int64_t shift = kReversed ? 2 * t - left : 0;
+      const bool both = high >= 0 && high < K;
+      const E *lows = w.at(u, low, i, 0), *highs = w.at(u, both ? high : low, i, 0);
       Unit* to = dst + run * run_step() + t * pitch;
-      for (int64_t a = 0; a < columns; a += W) {
+      const int64_t all = columns;
+      for (int64_t a = 0; a < all; a += W) {
         const int64_t from = a + shift, next = kReversed ? from + 1 : from;
-        __m512i pair = load_halves(w.at(u, low, i, from), -from, columns - from);
-        if (high >= 0 && high < K) pair = pair_up(pair, load_halves(w.at(u, high, i, next), -next, columns - next));
+        const __m512i pair = pair_up(load_halves(lows + from, -from, all - from),
+                                     load_halves(highs + next, -next, both ? all - next : 0));
         _mm512_storeu_si512(to + a, pair);
       }
     }
@@ -74,8 +106,10 @@ struct WeightRuns {
 #if defined(__AVX512BF16__)
     const __mmask16 taps = (1u << K) - 1;
     if constexpr (!kReversed) {
-      for (int64_t j = 0; j < columns; ++j)
-        _mm256_storeu_si256((__m256i*)(dst + at(run, 0, j)), _mm256_maskz_loadu_epi16(taps, w.at(u, 0, i, j)));
+      const E* from = w.at(u, 0, i, 0);
+      Unit* to = dst + at(run, 0, 0);
+      for (int64_t j = 0, n = columns, step = w.column, units = count; j < n; ++j, from += step, to += units)
+        _mm256_storeu_si256((__m256i*)to, _mm256_maskz_loadu_epi16(taps, from));
     } else {
       int16_t order[16];
       for (int k = 0; k < 16; ++k) {
@@ -84,11 +118,13 @@ struct WeightRuns {
       }
       const __m256i pick = _mm256_loadu_si256((const __m256i*)order);
       __m256i here = _mm256_setzero_si256();
-      for (int64_t j = left ? -1 : 0; j < columns; ++j) {
-        if (j == 0 && !left) here = _mm256_maskz_loadu_epi16(taps, w.at(u, 0, i, 0));
-        const bool inside = j + 1 < columns;
-        const __m256i next = _mm256_maskz_loadu_epi16(inside ? taps : 0, w.at(u, 0, i, inside ? j + 1 : j));
-        _mm256_storeu_si256((__m256i*)(dst + at(run, 0, j)), _mm256_permutex2var_epi16(here, pick, next));
+      const E* from = w.at(u, 0, i, 0);
+      const int64_t first = left ? -1 : 0, n = columns, step = w.column, units = count;
+      Unit* to = dst + at(run, 0, first);
+      if (!left) here = _mm256_maskz_loadu_epi16(taps, from), from += step;
+      for (int64_t j = first; j < n; ++j, from += step, to += units) {
+        const __m256i next = _mm256_maskz_loadu_epi16(j + 1 < n ? taps : 0, from);
+        _mm256_storeu_si256((__m256i*)to, _mm256_permutex2var_epi16(here, pick, next));
         here = next;
       }
     }
