@@ -3,10 +3,13 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <tuple>
 
 #include "tensor.h"
+#ifdef FASTIB_WITH_CUDA
+#include "../kernels/cuda/involution.h"
+#include "cuda_stream.h"
+#endif
 
 namespace fastib {
 namespace {
@@ -134,6 +137,35 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_out, Tensor x, Tensor weight, in
   return {call.grad_x, call.grad_weight};
 }
 
+#ifdef FASTIB_WITH_CUDA
+void check_launch(const char* error) { STD_TORCH_CHECK(!error, "CUDA kernels of involution: ", error ? error : ""); }
+
+void check_cuda_dtype(const Tensor& x) {
+  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double, "x must be float32, bfloat16 or float16 on a GPU");
+}
+
+Tensor forward_cuda(Tensor x, Tensor weight, int64_t stride, int64_t dilation) {
+  const CudaDevice device(x);
+  Call call(x, weight, stride, dilation);
+  check_cuda_dtype(x);
+  InvolutionParams& p = call.params;
+  Tensor out = call.empty_image(p.Ho, p.Wo);
+  if (call.empty()) return out;
+  p.out = out.mutable_data_ptr();
+  call.image_strides(p.out_stride, out);
+  check_launch(involution_forward_cuda(p, device.stream()));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> backward_cuda(Tensor grad_out, Tensor x, Tensor weight, int64_t stride, int64_t dilation) {
+  const CudaDevice device(x);
+  const BackwardCall call(grad_out, x, weight, stride, dilation);
+  check_cuda_dtype(x);
+  if (!call.empty()) check_launch(involution_backward_cuda(call.gradients, device.stream()));
+  return {call.grad_x, call.grad_weight};
+}
+#endif
+
 }  // namespace
 }  // namespace fastib
 
@@ -141,3 +173,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastib, CPU, m) {
   m.impl("involution", TORCH_BOX(&fastib::forward));
   m.impl("involution_backward", TORCH_BOX(&fastib::backward));
 }
+
+#ifdef FASTIB_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastib, CUDA, m) {
+  m.impl("involution", TORCH_BOX(&fastib::forward_cuda));
+  m.impl("involution_backward", TORCH_BOX(&fastib::backward_cuda));
+}
+#endif
