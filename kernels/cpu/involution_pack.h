@@ -126,7 +126,8 @@ struct ChannelPlanes {
 
  private:
   template <typename E>
-  static Vec<typename M::Sum> columns(const Image<const E>& x, int64_t i, int64_t plane, int64_t j, int64_t channels) {
+  static Vec<typename M::Sum> columns(const Image<const E>& x, int64_t i, int64_t plane, int64_t j,
+                                      [[maybe_unused]] int64_t channels) {
     const int64_t n = x.columns - j;
     if constexpr (!M::paired) {
       return load_part(x.at(plane, i, j), n);
