@@ -47,10 +47,9 @@ inline ScalarType accumulation_dtype(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Dense on the CPU with `shape` and `dtype`, and backed by storage over its whole extent.
-inline void check_cpu_tensor(const Tensor& t, const char* name, ScalarType dtype, const std::vector<int64_t>& shape) {
+// Strided with `shape` and `dtype`, and backed by storage over its whole extent.
+inline void check_tensor(const Tensor& t, const char* name, ScalarType dtype, const std::vector<int64_t>& shape) {
   STD_TORCH_CHECK(t.defined(), name, " must be a tensor");
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU, as q is");
   STD_TORCH_CHECK(t.layout() == torch::headeronly::Layout::Strided, name, " must be a strided tensor");
   STD_TORCH_CHECK(t.scalar_type() == dtype, name, " must be ", torch::headeronly::toString(dtype), ", but is ",
                   torch::headeronly::toString(t.scalar_type()));
@@ -65,6 +64,12 @@ inline void check_cpu_tensor(const Tensor& t, const char* name, ScalarType dtype
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
   STD_TORCH_CHECK((last + 1) * static_cast<int64_t>(t.element_size()) <= bytes, name, " reaches beyond its storage of ",
                   bytes, " bytes");
+}
+
+inline void check_cpu_tensor(const Tensor& t, const char* name, ScalarType dtype, const std::vector<int64_t>& shape) {
+  STD_TORCH_CHECK(t.defined(), name, " must be a tensor");
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU, as the other inputs are");
+  check_tensor(t, name, dtype, shape);
 }
 
 // The one-element int64 seed; 0 where no dropout is asked for.
@@ -95,6 +100,27 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_aten_new_empty(like.get(), shape.begin(), shape.size(), &type, nullptr, nullptr, 0, nullptr, &handle));
   return Tensor(handle);
+}
+
+// A tensor of `sizes` whose memory is dense in the order of dimensions that `order` gives, outermost first.
+inline Tensor empty_in_order(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int>& order) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t elements = 1;
+  for (size_t i = order.size(); i-- > 0;)
+    strides[order[i]] = elements, elements *= sizes[order[i]] ? sizes[order[i]] : 1;
+  int64_t count = 1;
+  for (int64_t size : sizes) count *= size;
+  const Tensor dense = new_empty(like, {count}, like.scalar_type());
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(dense.get(), sizes.size(), sizes.data(), strides.data(), 0, &handle));
+  return Tensor(handle);
+}
+
+// A copy of `t` in that order.
+inline Tensor copy_in_order(const Tensor& t, const std::vector<int>& order) {
+  Tensor copy = empty_in_order(t, std::vector<int64_t>(t.sizes().begin(), t.sizes().end()), order);
+  return torch::stable::copy_(copy, t);
 }
 
 // (B, H, N, D) laid out as a dense (B, N, H, D): what the projection after attention reads without a copy.

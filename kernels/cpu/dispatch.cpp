@@ -2,10 +2,13 @@
 
 #include <atomic>
 
+#include "involution.h"
 #include "mhca_attention.h"
 
 // Every kernel with a copy per instruction set: X(name, parameters, arguments).
 #define FASTIB_KERNELS(X)                                                                                          \
+  X(involution_forward, (const InvolutionParams& params, int64_t begin, int64_t end), (params, begin, end))        \
+  X(involution_backward, (const InvolutionGradParams& params, int64_t begin, int64_t end), (params, begin, end))   \
   X(mhca_attention_forward, (const MhcaAttentionParams& params, int64_t begin, int64_t end), (params, begin, end)) \
   X(mhca_attention_backward, (const MhcaAttentionGradParams& params, int64_t begin, int64_t end), (params, begin, end))
 

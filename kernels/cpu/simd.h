@@ -79,6 +79,19 @@ inline Vec<T> splat(T x) {
 
 inline Vec<BFloat16Pair> splat(BFloat16Pair x) { return x.bits - Vec<BFloat16Pair>{}; }
 
+// Keeps a vector in a register: without it the compiler may load it anew for each of its uses.
+template <typename V>
+inline __attribute__((always_inline)) V in_register(V x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // One byte a lane, sign extended. The compiler's own conversion goes through general registers, element by element.
 template <typename T>
 inline typename Simd<T>::ivec widen_bytes(const int8_t* p) {

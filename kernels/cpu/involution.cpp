@@ -1,0 +1,85 @@
+// Involution for one instruction set; see involution.h.
+//
+// Floors of a pair, forward and backward: 6 K^2 C/G Ho Wo floating-point operations; (2 C/G + K^2) Ho Wo elements moved
+// forward and (3 C/G + 2 K^2) Ho Wo backward. At 16 channels a group and K = 7 memory bounds the forward, and memory
+// and arithmetic alike the backward: a weight is read once, a row at a time, and the rest of a band stays in the second
+// cache.
+#include "involution_apply.h"
+#include "involution_grad_weight.h"
+
+namespace fastib::FASTIB_ISA_NAMESPACE {
+namespace {
+
+thread_local Scratch scratch;
+
+template <typename Work, typename Params>
+void run(const Params& params, int64_t begin, int64_t end) {
+  Work work(params);
+  give_memory(work, scratch);
+  for (int64_t unit = begin; unit < end; ++unit) work.unit(unit);
+}
+
+// Whether the taps of a run can be multiplied in pairs.
+bool pairs(const InvolutionParams& p) { return p.stride == 1 && p.dilation == 1 && p.K <= 9; }
+
+template <typename E>
+void forward(const InvolutionParams& p, int64_t begin, int64_t end) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<E, bfloat16>)
+    if (pairs(p)) return run<InvolutionForward<Paired, E>>(p, begin, end);
+#endif
+  run<InvolutionForward<Single<Compute<E>>, E>>(p, begin, end);
+}
+
+template <typename E>
+void grad_x(const InvolutionGradParams& g, int64_t begin, int64_t end) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<E, bfloat16>)
+    if (pairs(g.forward)) return run<InvolutionGradX<Paired, E>>(g, begin, end);
+#endif
+  run<InvolutionGradX<Single<Compute<E>>, E>>(g, begin, end);
+}
+
+template <typename E>
+void grad_weight(const InvolutionGradParams& g, int64_t begin, int64_t end) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<E, bfloat16>) return run<InvolutionGradWeight<Paired, E>>(g, begin, end);
+#endif
+  run<InvolutionGradWeight<Single<Compute<E>>, E>>(g, begin, end);
+}
+
+template <typename E>
+void backward(const InvolutionGradParams& g, int64_t begin, int64_t end) {
+  grad_x<E>(g, begin, end);
+  grad_weight<E>(g, begin, end);
+}
+
+}  // namespace
+
+void involution_forward(const InvolutionParams& p, int64_t begin, int64_t end) {
+  switch (p.dtype) {
+    case DType::float32:
+      return forward<float>(p, begin, end);
+    case DType::bfloat16:
+      return forward<bfloat16>(p, begin, end);
+    case DType::float16:
+      return forward<float16>(p, begin, end);
+    case DType::float64:
+      return forward<double>(p, begin, end);
+  }
+}
+
+void involution_backward(const InvolutionGradParams& g, int64_t begin, int64_t end) {
+  switch (g.forward.dtype) {
+    case DType::float32:
+      return backward<float>(g, begin, end);
+    case DType::bfloat16:
+      return backward<bfloat16>(g, begin, end);
+    case DType::float16:
+      return backward<float16>(g, begin, end);
+    case DType::float64:
+      return backward<double>(g, begin, end);
+  }
+}
+
+}  // namespace fastib::FASTIB_ISA_NAMESPACE

@@ -1,0 +1,126 @@
+// Involution's gradient to the weight: the products of grad_out with the x of each tap, summed over a group's channels.
+#pragma once
+
+#include "involution_dot.h"
+#include "involution_runs.h"
+
+namespace fastib::FASTIB_ISA_NAMESPACE {
+
+template <typename M, typename E>
+class InvolutionGradWeight {
+ public:
+  explicit InvolutionGradWeight(const InvolutionGradParams& g) : g(g), p(g.forward), group(p.C / p.G) {
+    const int64_t s = p.stride, d = p.dilation, halo = (p.K - 1) * d;
+    pad = p.K / 2 * d;
+    rows = most_rows(p, p.Ho);
+    const int64_t width = divide_up(p.Wo, W) * W;
+    x = {nullptr, 0, s, divide_up(width + halo / s + 2, W) * W, 0, (rows - 1) * s + halo + 1, -pad};
+    grad = {nullptr, 0, 1, width, 0, rows, 0};
+    x.channel_step = spread(x.rows * x.row_step());
+    grad.channel_step = spread(grad.rows * grad.row_step());
+    // Pixels of a tile that lie `apart` rows from each other read rows of x that are `between` apart, as taps do, or 2
+    // of it.
+    const int64_t shared = common_divisor(s, d);
+    between = d;
+    if (d == shared && s / shared <= 2)
+      apart = 1, pattern = s / shared;
+    else if (s == shared)
+      apart = d / shared, pattern = 1;
+    else
+      apart = 1, pattern = 0;
+  }
+
+  void lay_out(Layout& memory) {
+    const int64_t planes = ChannelPlanes<M>::planes(group);
+    memory.take(x.dst, planes * x.channel_step + W);
+    memory.take(grad.dst, planes * grad.channel_step + W);
+    memory.take(x_column, p.K);
+    if (x_column)
+      for (int64_t v = 0, q = 0; v < p.K; ++v, q += p.dilation) x_column[v] = q % p.stride * x.width + q / p.stride;
+    if (p.channels_last) memory.take(out, kDotRows * taps() * W);
+  }
+
+  void unit(int64_t index) {
+    const Band at = band(p, index, p.Ho);
+    const int64_t first = at.g * group;
+    x.first_row = at.begin * p.stride - pad;
+    x.rows = (at.end - at.begin - 1) * p.stride + (p.K - 1) * p.dilation + 1;
+    grad.first_row = at.begin, grad.rows = at.end - at.begin;
+    x.pack(image(static_cast<const E*>(p.x), p.x_stride, at.b, first, p.Hi, p.Wi), group);
+    grad.pack(image(static_cast<const E*>(g.grad_out), g.grad_out_stride, at.b, first, p.Ho, p.Wo), group);
+    to = weights(static_cast<E*>(g.grad_weight), g.grad_weight_stride, at.b, at.g);
+    for (int64_t phase = 0; phase < apart; ++phase) {
+      int64_t i = at.begin + phase;
+      if (pattern)
+        for (; i + (kDotRows - 1) * apart < at.end; i += kDotRows * apart) tiles<kDotRows>(i);
+      if (pattern && kDotRows > 3 && i + apart < at.end) tiles<2>(i), i += 2 * apart;
+      for (; i < at.end; i += apart) tiles<1>(i);
+    }
+  }
+
+ private:
+  using Unit = typename M::Unit;
+  using Sum = typename M::Sum;
+  static constexpr int64_t W = kLanes<Sum>;
+
+  // A step between planes that spreads them over the sets of a cache: an odd number of vectors.
+  static int64_t spread(int64_t units) { return (divide_up(units, W) | 1) * W; }
+
+  // Rows i, i + apart, ... of all columns.
+  template <int R>
+  void tiles(int64_t i) {
+    for (int64_t j = 0; j < p.Wo; j += W) {
+      if (p.channels_last) {
+        window<R>(i, j, out, W, p.K * W, W, taps() * W);
+        for (int r = 0; r < R; ++r) flush(out + r * taps() * W, i + r * apart, j);
+      } else {
+        window<R>(i, j, to.at(0, 0, i, j), smaller(p.Wo - j, W), to.u, to.v, apart * to.row);
+      }
+    }
+  }
+
+  template <int R, typename Out>
+  void window(int64_t i, int64_t j, Out* sums, int64_t lanes, int64_t u, int64_t v, int64_t row) const {
+    const DotWindow<M, Out> at{p.K,
+                               ChannelPlanes<M>::planes(group),
+                               lanes,
+                               x.dst + (i * p.stride - pad - x.first_row) * x.row_step() + j,
+                               grad.dst + (i - grad.first_row) * grad.row_step() + j,
+                               x_column,
+                               x.channel_step,
+                               between * x.row_step(),
+                               grad.channel_step,
+                               apart * grad.row_step(),
+                               sums,
+                               u,
+                               v,
+                               row};
+    if (pattern == 2)
+      dot_window<M, Out, 2, R>(at);
+    else
+      dot_window<M, Out, 1, R>(at);
+  }
+
+  int64_t taps() const { return divide_up(p.K * p.K, W) * W; }  // of one pixel, in whole vectors
+
+  // Vectors of pixels (taps, lanes) -> the dense taps of row i, columns [j, j + lanes).
+  void flush(const Sum* sums, int64_t i, int64_t j) const {
+    const int64_t n = smaller(p.Wo - j, W), all = p.K * p.K;
+    for (int64_t tap = 0; tap < all; tap += W) {
+      Vec<Sum> square[W];
+      for (int l = 0; l < W; ++l) square[l] = load(sums + (tap + l) * W);
+      transpose<Sum>(square);
+      for (int64_t l = 0; l < n; ++l) store_part(to.at(0, 0, i, j + l) + tap, square[l], all - tap);
+    }
+  }
+
+  const InvolutionGradParams& g;
+  const InvolutionParams& p;
+  int64_t group, pad, rows, apart, between, pattern;
+  ChannelPlanes<M> x, grad;
+  Weights<E> to{};
+  int64_t* x_column = nullptr;
+  Sum* out = nullptr;
+};
+
+}  // namespace fastib::FASTIB_ISA_NAMESPACE
