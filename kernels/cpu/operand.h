@@ -92,12 +92,12 @@ inline void pair_along(BFloat16Pair* dst, const float* row, int64_t n) {
 
 // dst[j] = (row[j], below[j]) for n elements, whole vectors; dst may be row. Without a row below: zeros.
 inline void pair_across(BFloat16Pair* dst, const float* row, const float* below, int64_t n) {
-  __m512i order;
-  for (int l = 0; l < 16; ++l) ((Vec<BFloat16Pair>&)order)[l] = l | (16 + l) << 16;
+  Vec<BFloat16Pair> order;
+  for (int l = 0; l < 16; ++l) order[l] = l | (16 + l) << 16;
   for (int64_t j = 0; j < n; j += 16) {
     const __m512 second = below ? _mm512_loadu_ps(below + j) : __m512{};
     const __m512bh words = _mm512_cvtne2ps_pbh(second, _mm512_loadu_ps(row + j));
-    _mm512_storeu_si512(dst + j, _mm512_permutexvar_epi16(order, (__m512i)words));
+    _mm512_storeu_si512(dst + j, _mm512_permutexvar_epi16((__m512i)order, (__m512i)words));
   }
 }
 
