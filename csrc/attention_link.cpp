@@ -70,6 +70,7 @@ struct Call {
     }
     Tensor weight_parts = new_empty(attn, {params.chunks, C, M}, sums);
     Tensor bias_parts = new_empty(attn, {params.chunks, C}, sums);
+    params.gradients = true;
     params.scale = scale;
     params.grad_attn = grad_attn.mutable_data_ptr();
     params.weight_parts = weight_parts.mutable_data_ptr(), params.bias_parts = bias_parts.mutable_data_ptr();

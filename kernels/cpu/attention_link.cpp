@@ -43,12 +43,11 @@ class Links {
     maps = round_to_lanes<T>(p.M);
     left_width = round_to_lanes<T>(summed<U>(p.M));
     const int64_t channels = (p.C + kChannels - 1) / kChannels * kChannels;
-    const bool gradients = p.grad_attn != nullptr;
     int64_t bytes = Scratch::padded_bytes<U>(channels * left_width) +
                     Scratch::padded_bytes<U>(summed<U>(p.M) * positions) +
                     Scratch::padded_bytes<T>(kChannels * positions) + Scratch::padded_bytes<T>(positions) +
                     Scratch::padded_bytes<E>(kPaired ? kChannels * maps : 0);
-    if (gradients)
+    if (p.gradients)
       bytes +=
           Scratch::padded_bytes<U>(maps * summed<U>(p.S)) + Scratch::padded_bytes<T>(maps * positions) +
           Scratch::padded_bytes<T>(p.C * maps) + Scratch::padded_bytes<T>(p.C) +
@@ -59,7 +58,7 @@ class Links {
     block = scratch.take<T>(kChannels * positions);
     target = scratch.take<T>(positions);
     rounded = scratch.take<E>(kPaired ? kChannels * maps : 0);
-    if (gradients) {
+    if (p.gradients) {
       attn_columns = scratch.take<U>(maps * summed<U>(p.S));
       grad_attn = scratch.take<T>(maps * positions);
       grad_weight = scratch.take<T>(p.C * maps);
@@ -72,12 +71,12 @@ class Links {
 
   void run(int64_t chunk) {
     const int64_t first = chunk * p.B / p.chunks, last = (chunk + 1) * p.B / p.chunks;
-    if (p.grad_attn) {
+    if (p.gradients) {
       for (int64_t i = 0; i < p.C * maps; ++i) grad_weight[i] = 0;
       for (int64_t c = 0; c < p.C; ++c) grad_bias[c] = 0;
     }
     for (int64_t b = first; b < last; ++b) image(b);
-    if (p.grad_attn) {
+    if (p.gradients) {
       T* weight_part = static_cast<T*>(p.weight_parts) + chunk * p.C * p.M;
       for (int64_t c = 0; c < p.C; ++c)
         for (int64_t m = 0; m < p.M; ++m) weight_part[c * p.M + m] = grad_weight[c * maps + m];
@@ -114,7 +113,7 @@ class Links {
           for (int64_t m = 0; m < p.M; ++m) store_float(rounded + c * p.M + m, kept((c0 + c) * p.M + m));
         const Rows<const E> rows{rounded, p.M};
         pack_left(weight + c0 * left_width, left_width, rows, channels, p.M);
-        if (p.grad_attn) pack_right(weight_down + c0 / 2 * maps, maps, rows, channels, p.M);
+        if (p.gradients) pack_right(weight_down + c0 / 2 * maps, maps, rows, channels, p.M);
       } else {
         for (int64_t c = c0; c < c0 + channels; ++c)
           for (int64_t m = 0; m < p.M; ++m) {
@@ -133,7 +132,7 @@ class Links {
   void image(int64_t b) {
     const Rows<const E> rows{static_cast<const E*>(p.attn) + b * p.attn_stride[0], p.attn_stride[1]};
     pack_right(attn, positions, rows, p.M, p.S);
-    if (p.grad_attn) {
+    if (p.gradients) {
       pack_columns(attn_columns, rows, p.M, p.S);
       for (int64_t i = 0; i < maps * positions; ++i) grad_attn[i] = 0;
     }
@@ -142,9 +141,9 @@ class Links {
       const Range range = linked(c0, channels);
       augment(c0, channels, range);
       for (int64_t c = 0; c < channels; ++c) compare(b, c0 + c, block + c * positions);
-      if (p.grad_attn) add_gradients(c0, channels, range);
+      if (p.gradients) add_gradients(c0, channels, range);
     }
-    if (p.grad_attn) {
+    if (p.gradients) {
       E* out = static_cast<E*>(p.grad_attn) + b * p.M * p.S;
       unpack_rows(Rows<E>{out, p.S}, grad_attn, positions, p.M, p.S, T(1));
     }
@@ -179,7 +178,7 @@ class Links {
       store(a + s, unit);
     }
     static_cast<T*>(p.loss)[b * p.C + c] = horizontal_sum<T>(loss);
-    if (!p.grad_attn) return;
+    if (!p.gradients) return;
     const T scale = p.scale ? static_cast<const T*>(p.scale)[b * p.C + c] : T(1);
     const T towards = a_norm > eps ? horizontal_sum<T>(along) : T(0);  // the length of a does not count
     const T factor = 2 * scale * a_factor;

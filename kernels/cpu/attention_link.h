@@ -24,7 +24,7 @@ struct AttentionLinkParams {
   double eps;
   void* loss;  // (B, C) dense, sum type: sums over S
 
-  // Gradients of the sum of scale * loss; not computed where grad_attn is null.
+  bool gradients;      // of the sum of scale * loss
   const void* scale;   // (B, C) dense, sum type; null: all 1
   void* grad_attn;     // (B, M, S) dense
   void* weight_parts;  // (chunks, C, M) dense, sum type
