@@ -8,6 +8,18 @@ STABLE_TORCH_LIBRARY(fastib, m) {
       "involution_backward(Tensor grad_out, Tensor x, Tensor weight, int stride, int dilation) -> (Tensor grad_x, "
       "Tensor grad_weight)");
   m.def(
+      "attention_link_loss(Tensor attn, Tensor weight, Tensor bias, Tensor target, Tensor? mask, float eps) -> Tensor");
+  m.def(
+      "attention_link_loss_backward(Tensor grad, Tensor attn, Tensor weight, Tensor bias, Tensor target, Tensor? mask, "
+      "float eps) -> (Tensor grad_attn, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "attention_link_loss_and_gradients(Tensor attn, Tensor weight, Tensor bias, Tensor target, Tensor? mask, "
+      "float eps) -> (Tensor loss, Tensor grad_attn, Tensor grad_weight, Tensor grad_bias)");
+  m.def("cls_attention(Tensor q, Tensor k, int num_prefix_tokens, float scale, bool over_all) -> Tensor");
+  m.def(
+      "cls_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor probs, float scale) -> "
+      "(Tensor grad_q, Tensor grad_k)");
+  m.def(
       "mhca_attention(Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor center, Tensor? seed, int grid_h, int grid_w, "
       "int num_prefix_tokens, float scale, float rpe_dropout, float attn_dropout) -> (Tensor out, Tensor stats)");
   m.def(

@@ -125,3 +125,55 @@ def value_and_grads(
     out = function(*leaves)
     grad_out = torch.ones_like(out) if grad_out is None else grad_out
     return out.detach(), *torch.autograd.grad(out, leaves, grad_out)
+
+
+def up_or_down(t: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Every element a unit in the last place of `dtype` up or down."""
+    signs = torch.randint(0, 2, t.shape, generator=generator, dtype=t.dtype) * 2 - 1
+    return t * (1 + torch.finfo(dtype).eps * signs)
+
+
+def conditioning(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_out: Tensor, dtype: torch.dtype
+) -> list[float]:
+    """What `up_or_down` on all inputs does to value and gradients, in float64: the most of 24 draws.
+
+    function(*inputs, round=f) applies f to what it rounds on the way, too.
+    """
+    exact, floors = value_and_grads(function, inputs, grad_out), []
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(t: Tensor) -> Tensor:
+        return up_or_down(t, dtype, generator)
+
+    for _ in range(24):
+        moved = value_and_grads(lambda *x: function(*x, round=noisy), list(map(noisy, inputs)), noisy(grad_out))
+        floors.append([max_error(a, b) for a, b in zip(moved, exact, strict=True)])
+    return [max(draws) for draws in zip(*floors, strict=True)]
+
+
+def check_operator(
+    kernel: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    steps: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    grad_out: Tensor,
+    dtype: torch.dtype,
+    names: Sequence[str],
+) -> None:
+    """Value and gradients of a kernel by the two-fold rule. steps: the reference, as `conditioning` wants it."""
+    wide = [t.detach().double().cpu() for t in inputs]
+    exact = value_and_grads(reference, wide, grad_out.double().cpu())
+    same = value_and_grads(reference, [t.cpu() for t in inputs], grad_out.cpu())
+    if dtype == torch.float64:  # the exact answer errs too: what float32 loses here, at the scale of float64
+        single, single_grad = [t.float().cpu() for t in inputs], grad_out.float().cpu()
+        low = value_and_grads(reference, single, single_grad)
+        low_exact = value_and_grads(reference, [t.double() for t in single], single_grad.double())
+        shrink = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        same = tuple(e + 1.5 * (s - x) * shrink for s, x, e in zip(low, low_exact, exact, strict=True))
+    floors = conditioning(steps, wide, grad_out.double().cpu(), dtype)
+    actual = value_and_grads(kernel, inputs, grad_out)
+    for name, floor, *values in zip(("value", *names), floors, actual, same, exact, strict=True):
+        if dtype == torch.float64:
+            floor = 2 * max(floor, data_floor(values[2], dtype))  # ours and that of the exact answer
+        assert_twofold(*values, dtype, floor, name)

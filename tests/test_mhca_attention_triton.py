@@ -8,12 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +18,13 @@ from fastib.reference.mhca_attention import RPE_STREAM, keep_factor, keep_mask, 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 import triton.language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton_tools import (  # noqa: E402
+    SHARED_LIMIT,
+    compile_launch,
+    complete_interpreter,
+    interpreted_reports,
+    launches_of,
+)
 
 from fastib.kernels.triton import mhca_attention, mhca_attention_tile  # noqa: E402
 from fastib.kernels.triton.philox import keep_bits, threshold_and_factor  # noqa: E402
@@ -39,7 +38,6 @@ KERNELS = (
     (mhca_attention, "_bwd_reduce_kernel"),
     (mhca_attention_tile, "_rpe_mask_kernel"),
 )
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,40 +203,6 @@ def compare_bits(cols: int, p: float, device: str) -> dict:
     return {"equal": got == want, "kept": sum(map(sum, got)) / (cols * len(starts))}
 
 
-def complete_interpreter() -> None:
-    """Lets Triton's interpreter multiply bfloat16 matrices, which it keeps as integers, and round to bfloat16 as a GPU
-    does, where it truncates; and that of Triton 3.6 take loop bounds from one-element arrays, which NumPy 2.4 refuses.
-    """
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
-
-    def wide(operand):
-        if operand.dtype.scalar != tl.bfloat16:
-            return operand.data
-        return (operand.data.astype("uint32") << 16).view("float32")
-
-    def create_dot(self, a, b, acc, *_):
-        product = wide(a).astype(acc.data.dtype) @ wide(b).astype(acc.data.dtype)
-        return interpreter.TensorHandle(product + acc.data, acc.dtype.scalar)
-
-    convert = interpreter._convert_float
-
-    def rounded(value, from_type, to_type, mode):
-        if (from_type, to_type) != (tl.float32, tl.bfloat16):
-            return convert(value, from_type, to_type, mode)
-        bits = value.view("uint32")
-        return (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype("uint16")
-
-    interpreter._convert_float = rounded
-    interpreter._patch_lang_tensor = patched
-    interpreter.InterpreterBuilder.create_dot = create_dot
-
-
 BITS = [(16, 0.25), (32, 0.5), (64, 0.1), (64, 1.0)]
 
 
@@ -254,10 +218,7 @@ def interpret_all() -> None:
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict]:
     """Reports of all cases, computed by one process in Triton's interpreter."""
-    environment = dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=os.pathsep.join(sys.path))
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {report["name"]: report for report in map(json.loads, done.stdout.splitlines())}
+    return interpreted_reports(__file__)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -282,58 +243,6 @@ def test_gpu_masks(cols, p):
     assert compare_bits(cols, p, "cuda")["equal"]
 
 
-class Recorder:
-    """Stands for a kernel and keeps what it is launched with, in place of a launch."""
-
-    def __init__(self, kernel):
-        self.kernel, self.launches = kernel, []
-
-    def __getitem__(self, grid):
-        return lambda *args, **options: self.launches.append((args, options))
-
-
-def launches_of(monkeypatch, case: Case) -> list:
-    """(kernel, arguments, options) of every launch in a forward and a backward of `case`."""
-    recorders = [Recorder(getattr(module, name)) for module, name in KERNELS]
-    for (module, name), recorder in zip(KERNELS, recorders, strict=True):
-        monkeypatch.setattr(module, name, recorder)
-    run_kernels(case, inputs_of(case), "cpu")
-    return [(r.kernel, *launch) for r in recorders for launch in r.launches]
-
-
-def compile_launch(kernel, args, options: dict, capability: int) -> tuple[dict, str]:
-    """Resource usage and machine code of a launch, specialised as the launch would be."""
-    names = dict(zip(kernel.arg_names, args, strict=False))
-    launch = {name: value for name, value in options.items() if name not in kernel.arg_names}
-    names |= {name: value for name, value in options.items() if name in kernel.arg_names}
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = names[parameter.name]
-        specialise = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialise and type(value) is int and value == 1):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, torch.Tensor) or (specialise and type(value) is int and value % 16 == 0):
-            attributes[index,] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
-    tool = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return usage | {"SHARED": binary.metadata.shared}, code
-
-
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 COMPILED = [
     (90, Case(1, 2, (14, 14), 1, 64, torch.bfloat16, layout="packed")),
     (90, Case(1, 2, (14, 14), 1, 64, torch.bfloat16, rpe=0.1, attn=0.1, layout="packed")),
@@ -352,7 +261,7 @@ def test_machine_code(monkeypatch, tmp_path, capability, case):
     """No spills, shared memory that the chip has, and Hopper's matrix instructions in 16 bits."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(mhca_attention.config, "chip_of", lambda q: capability // 10)
-    launches = launches_of(monkeypatch, case)
+    launches = launches_of(monkeypatch, KERNELS, lambda: run_kernels(case, inputs_of(case), "cpu"))
     assert len(launches) == 3 + 2 * (case.rpe > 0)
     for kernel, args, options in launches:
         usage, code = compile_launch(kernel, args, options, capability)

@@ -2,14 +2,19 @@
 
 #include <atomic>
 
+#include "attention_link.h"
+#include "cls_attention.h"
 #include "involution.h"
 #include "mhca_attention.h"
 
 // Every kernel with a copy per instruction set: X(name, parameters, arguments).
-#define FASTIB_KERNELS(X)                                                                                          \
-  X(involution_forward, (const InvolutionParams& params, int64_t begin, int64_t end), (params, begin, end))        \
-  X(involution_backward, (const InvolutionGradParams& params, int64_t begin, int64_t end), (params, begin, end))   \
-  X(mhca_attention_forward, (const MhcaAttentionParams& params, int64_t begin, int64_t end), (params, begin, end)) \
+#define FASTIB_KERNELS(X)                                                                                             \
+  X(attention_link, (const AttentionLinkParams& params, int64_t begin, int64_t end), (params, begin, end))            \
+  X(cls_attention_backward, (const ClsAttentionGradParams& params, int64_t begin, int64_t end), (params, begin, end)) \
+  X(cls_attention_forward, (const ClsAttentionParams& params, int64_t begin, int64_t end), (params, begin, end))      \
+  X(involution_forward, (const InvolutionParams& params, int64_t begin, int64_t end), (params, begin, end))           \
+  X(involution_backward, (const InvolutionGradParams& params, int64_t begin, int64_t end), (params, begin, end))      \
+  X(mhca_attention_forward, (const MhcaAttentionParams& params, int64_t begin, int64_t end), (params, begin, end))    \
   X(mhca_attention_backward, (const MhcaAttentionGradParams& params, int64_t begin, int64_t end), (params, begin, end))
 
 namespace fastib {

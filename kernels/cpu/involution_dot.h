@@ -4,8 +4,8 @@
 // meets it.
 #pragma once
 
-#include "half_lanes.h"
 #include "involution_taps.h"
+#include "part_lanes.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 

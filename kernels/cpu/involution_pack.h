@@ -1,8 +1,8 @@
 // Involution's images and weights, brought into the shapes that its tiles read: zero padded, in the compute type.
 #pragma once
 
-#include "half_lanes.h"
 #include "involution_taps.h"
+#include "part_lanes.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 

@@ -1,0 +1,187 @@
+"""Attention links (AAL, Eq. 4-5): the public functions, their autograd and their registration."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastib.ops import _backend
+from fastib.ops._backend import Op, below_autograd, check_device, invalid
+from fastib.reference.attention_link import attention_link_loss_ref, augment_attention_ref
+
+_NAME = "attention_link_loss"
+_INPUTS = "Tensor attn, Tensor weight, Tensor bias, Tensor target, Tensor? mask, float eps"
+_GRADIENTS = "Tensor grad_attn, Tensor grad_weight, Tensor grad_bias"
+SCHEMAS = {
+    "attention_link_loss": f"({_INPUTS}) -> Tensor",
+    "attention_link_loss_backward": f"(Tensor grad, {_INPUTS}) -> ({_GRADIENTS})",
+    "attention_link_loss_and_gradients": f"({_INPUTS}) -> (Tensor loss, {_GRADIENTS})",
+}
+
+
+def attention_link_loss(
+    attn: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    eps: float = 1e-12,
+    backend: str | None = None,
+) -> Tensor:
+    """Distance of linearly combined attention maps from a teacher's feature maps (AAL, Eq. 4-5).
+
+    `a = weight attn + bias`; `loss = reduction of (a / |a| - t / |t|)^2`, norms over the S positions of a map. The
+    combined maps a are never stored.
+
+    attn: (B, M, S), M = layers * heads maps of S positions. target: (B, C, S), a constant. Same dtype: float32,
+        bfloat16, float16 or float64, any strides; under autocast they are cast to its dtype.
+    weight: (C, M). bias: (C,). Any floating dtype; float32 (float64 where attn is). Where attn is 16-bit, weight is
+        rounded to its dtype for the products, as autocast does; all sums are float32.
+    mask: (C, M) bool, the links kept; all where None. Links left out get no gradient.
+    reduction: "mean" or "sum" over (B, C, S), or "none": the (B, C) sums over S.
+    eps: a norm counts as at least this.
+    backend: None chooses; "reference", "cpu" or "triton" insist.
+
+    Returns a scalar, or (B, C), in float32 (float64). Differentiable once, in attn, weight and bias.
+
+    Raises ValueError for a wrong shape, dtype or range or a target that requires grad, RuntimeError for a device or
+    backend that does not fit.
+    """
+    attn, target = _backend.autocast(attn, target)
+    _check(attn, weight, bias, target, mask)
+    if reduction not in ("mean", "sum", "none"):
+        raise invalid(_NAME, "reduction", "'mean', 'sum' or 'none'", repr(reduction))
+    if not 0.0 <= eps < math.inf:
+        raise invalid(_NAME, "eps", "finite and not negative", eps)
+    if _OP.choose(backend, attn) == "reference":
+        return attention_link_loss_ref(attn, weight, bias, target, mask=mask, reduction=reduction, eps=eps)
+    sums = torch.promote_types(attn.dtype, torch.float32)
+    args = (attn, weight.to(sums), bias.to(sums), target, mask, eps)
+    compiling = torch.compiler.is_compiling()
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in args[:3])
+    if trains and not compiling:
+        loss = _LinkLoss.apply(*args) if reduction == "none" else _LinkLossSum.apply(*args)
+    elif compiling:
+        loss = _forward(*args)
+    else:
+        with below_autograd():
+            loss = _forward(*args)
+    if reduction == "none":
+        return loss
+    return loss.sum() / target.numel() if reduction == "mean" else loss.sum()
+
+
+def augment_attention(attn: Tensor, weight: Tensor, bias: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """The combined maps themselves, `weight attn + bias`, for pictures (AAL, Eq. 4): (B, C, S), float32 or float64.
+
+    Arguments and errors as for `attention_link_loss`. Plain PyTorch.
+    """
+    (attn,) = _backend.autocast(attn)
+    _check(attn, weight, bias, None, mask)
+    return augment_attention_ref(attn, weight, bias, mask)
+
+
+def _check(attn: Tensor, weight: Tensor, bias: Tensor, target: Tensor | None, mask: Tensor | None) -> None:
+    if attn.dim() != 3:
+        raise invalid(_NAME, "attn", "of shape (B, M, S)", tuple(attn.shape))
+    batch, maps, positions = attn.shape
+    if weight.dim() != 2 or weight.shape[1] != maps:
+        raise invalid(_NAME, "weight", f"of shape (C, M={maps})", tuple(weight.shape))
+    channels = weight.shape[0]
+    expected = {"bias": (bias, (channels,)), "mask": (mask, (channels, maps))}
+    expected["target"] = (target, (batch, channels, positions))
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise invalid(_NAME, name, f"of shape {tuple(shape)}", tuple(tensor.shape))
+    if attn.dtype not in _backend.DTYPES:
+        raise invalid(_NAME, "attn", "float32, bfloat16, float16 or float64", attn.dtype)
+    for name, tensor in {"weight": weight, "bias": bias}.items():
+        if not tensor.is_floating_point():
+            raise invalid(_NAME, name, "floating point", tensor.dtype)
+    if target is not None and target.dtype != attn.dtype:
+        raise invalid(_NAME, "target", f"{attn.dtype} like attn", target.dtype)
+    if target is not None and target.requires_grad:
+        raise invalid(_NAME, "target", "a constant", "a tensor that requires grad")
+    if mask is not None and mask.dtype != torch.bool:
+        raise invalid(_NAME, "mask", "bool", mask.dtype)
+    for name, tensor in {"weight": weight, "bias": bias, "target": target, "mask": mask}.items():
+        if tensor is not None:
+            check_device(_NAME, name, tensor, attn.device)
+
+
+def _forward_fake(attn: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return weight.new_empty((attn.shape[0], weight.shape[0]))
+
+
+def _backward_fake(grad: Tensor, attn: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return attn.new_empty(attn.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _both_fake(attn: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _forward_fake(attn, weight), *_backward_fake(attn, attn, weight, bias)
+
+
+def _register(name: str, fake: Any, triton: str) -> Any:
+    return _backend.register(name, SCHEMAS[name], fake, f"attention_link.{triton}")
+
+
+_forward = _register(_NAME, _forward_fake, "attention_link_fwd")
+_backward = _register(f"{_NAME}_backward", _backward_fake, "attention_link_bwd")
+_both = _register(f"{_NAME}_and_gradients", _both_fake, "attention_link_both")
+_OP = Op(_NAME, gpu="triton")
+
+
+class _LinkLoss(torch.autograd.Function):
+    """(B, C) sums; the backward makes the combined maps again."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        with below_autograd():
+            loss = _forward(*args)
+        _save(ctx, args, loss)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _gradients(ctx, grad)
+        with below_autograd():
+            return _gradients(ctx, grad)
+
+
+class _LinkLossSum(torch.autograd.Function):
+    """Their sum, whose gradients come with it: one pass over the maps in all."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        with below_autograd():
+            loss, *gradients = _both(*args)
+        ctx.save_for_backward(*gradients)
+        return loss.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_backward(grad, *ctx.saved_tensors, ctx.eps), None, None, None)
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(f"{_NAME}: the kernels have no second derivative; pass backend='reference'")
+
+
+torch.library.register_autograd(f"fastib::{_NAME}", _gradients, setup_context=_save, lib=_backend.LIBRARY)
+torch.library.register_autograd(f"fastib::{_NAME}_backward", _no_second_derivative, lib=_backend.LIBRARY)

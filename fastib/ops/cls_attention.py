@@ -1,0 +1,132 @@
+"""The class token's attention maps (AAL, Eq. 3): the public function, its autograd and its registration."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastib.ops import _backend
+from fastib.ops._backend import Op, below_autograd, check_device, invalid
+from fastib.reference.cls_attention import cls_attention_maps_ref
+
+_NAME = "cls_attention_maps"
+SCHEMAS = {
+    "cls_attention": "(Tensor q, Tensor k, int num_prefix_tokens, float scale, bool over_all) -> Tensor",
+    "cls_attention_backward": (
+        "(Tensor grad, Tensor q, Tensor k, Tensor probs, float scale) -> (Tensor grad_q, Tensor grad_k)"
+    ),
+}
+
+
+def cls_attention_maps(
+    q: Tensor,
+    k: Tensor,
+    *,
+    num_prefix_tokens: int = 1,
+    scale: float | None = None,
+    over: str = "patches",
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of the class token's query to the patches, at the cost of one row (AAL, Eq. 3).
+
+    q: (B, H, D), the class token's query. k: (B, H, N, D), the keys of all tokens, prefix tokens first. float32,
+        bfloat16, float16 or float64, any strides; under autocast they are cast to its dtype.
+    num_prefix_tokens: tokens before the patches.
+    scale: factor of the dot products; D^-1/2 where None. 1 is Eq. 3 as printed.
+    over: "patches", softmax over the patches alone, as in the paper; "all", over all keys and then cut to the patches:
+        what the model itself attends to.
+    backend: None chooses; "reference", "cpu" or "triton" insist.
+
+    Returns (B, H, N - num_prefix_tokens) in the dtype of q. Differentiable once; "reference" any number of times.
+
+    Raises ValueError for a wrong shape, dtype or range, RuntimeError for a device or backend that does not fit.
+    """
+    q, k = _backend.autocast(q, k)
+    _check(q, k, num_prefix_tokens)
+    if scale is None:
+        scale = max(q.shape[2], 1) ** -0.5
+    elif not math.isfinite(scale):
+        raise invalid(_NAME, "scale", "a finite number", scale)
+    if over not in ("patches", "all"):
+        raise invalid(_NAME, "over", "'patches' or 'all'", repr(over))
+    if _OP.choose(backend, q) == "reference":
+        return cls_attention_maps_ref(q, k, num_prefix_tokens=num_prefix_tokens, scale=scale, over=over)
+    args = (q, k, num_prefix_tokens, scale, over == "all")
+    if torch.compiler.is_compiling():
+        probs = _forward(*args)
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        probs = _ClsAttention.apply(*args)
+    else:
+        with below_autograd():
+            probs = _forward(*args)
+    return probs[..., num_prefix_tokens:]
+
+
+def _check(q: Tensor, k: Tensor, num_prefix_tokens: int) -> None:
+    if k.dim() != 4:
+        raise invalid(_NAME, "k", "of shape (B, H, N, D)", tuple(k.shape))
+    if q.shape != (*k.shape[:2], k.shape[3]):
+        raise invalid(_NAME, "q", f"of shape {(*k.shape[:2], k.shape[3])}, as k is {tuple(k.shape)}", tuple(q.shape))
+    if q.dtype not in _backend.DTYPES:
+        raise invalid(_NAME, "q", "float32, bfloat16, float16 or float64", q.dtype)
+    if k.dtype != q.dtype:
+        raise invalid(_NAME, "k", f"{q.dtype} like q", k.dtype)
+    check_device(_NAME, "k", k, q.device)
+    if not 0 <= num_prefix_tokens <= k.shape[2]:
+        raise invalid(_NAME, "num_prefix_tokens", f"in [0, N={k.shape[2]}]", num_prefix_tokens)
+
+
+def _forward_fake(q: Tensor, k: Tensor, *_: Any) -> Tensor:
+    return k.new_empty(k.shape[:3])
+
+
+def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, head_dim = k.shape
+    return q.new_empty(q.shape), k.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
+
+
+_forward = _backend.register(
+    "cls_attention", SCHEMAS["cls_attention"], _forward_fake, "cls_attention.cls_attention_fwd"
+)
+_backward = _backend.register(
+    "cls_attention_backward", SCHEMAS["cls_attention_backward"], _backward_fake, "cls_attention.cls_attention_bwd"
+)
+_OP = Op("cls_attention", gpu="triton")
+
+
+class _ClsAttention(torch.autograd.Function):
+    """The eager path; the dispatcher's own autograd serves compile and export."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        with below_autograd():
+            probs = _forward(*args)
+        _save(ctx, args, probs)
+        return probs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _gradients(ctx, grad)
+        with below_autograd():
+            return _gradients(ctx, grad)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, _, ctx.scale, _ = inputs
+    ctx.save_for_backward(q, k, output)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None)
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(f"{_NAME}: the kernels have no second derivative; pass backend='reference'")
+
+
+torch.library.register_autograd("fastib::cls_attention", _gradients, setup_context=_save, lib=_backend.LIBRARY)
+torch.library.register_autograd("fastib::cls_attention_backward", _no_second_derivative, lib=_backend.LIBRARY)

@@ -1,0 +1,35 @@
+// Attention of the class token alone on the CPU (AAL, Eq. 3).
+//
+// A unit of work is one (batch, head) pair; units are independent and the result does not depend on their split.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/dtype.h"
+
+namespace fastib {
+
+// Strides are in elements; the last dimension is dense.
+struct ClsAttentionParams {
+  DType dtype;
+  int64_t B, H, N, D;
+  int64_t first_key;  // keys before it are left out of the softmax: their probability is 0
+  const void* q;      // (B, H, D)
+  const void* k;      // (B, H, N, D)
+  int64_t q_stride[2], k_stride[3];
+  double scale;
+  void* probs;  // (B, H, N) dense; read by the backward
+};
+
+struct ClsAttentionGradParams {
+  ClsAttentionParams forward;
+  const void* grad;  // (B, H, N) dense
+  void* grad_q;      // (B, H, D)
+  void* grad_k;      // (B, H, N, D)
+  int64_t grad_q_stride[2], grad_k_stride[3];
+};
+
+void cls_attention_forward(const ClsAttentionParams& params, int64_t begin, int64_t end);
+void cls_attention_backward(const ClsAttentionGradParams& params, int64_t begin, int64_t end);
+
+}  // namespace fastib

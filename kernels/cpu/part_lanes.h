@@ -1,0 +1,39 @@
+// The first lanes of a vector of stored elements, in the compute type and back.
+#pragma once
+
+#include "pack.h"
+
+namespace fastib::FASTIB_ISA_NAMESPACE {
+
+// Lanes [0, n) of memory, zero beyond; nothing beyond is read.
+template <typename E>
+inline Vec<Compute<E>> load_part(const E* p, int64_t n) {
+  constexpr int W = kLanes<Compute<E>>;
+  if (n >= W) return load_row(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(E) == 4) return (Vec<Compute<E>>)_mm512_maskz_loadu_ps((1u << n) - 1, p);
+  if constexpr (sizeof(E) == 8) return (Vec<Compute<E>>)_mm512_maskz_loadu_pd((1u << n) - 1, p);
+#endif
+  E part[W] = {};
+  for (int64_t l = 0; l < n; ++l) part[l] = p[l];
+  return load_row(part);
+}
+
+template <typename E>
+inline void store_part(E* p, Vec<Compute<E>> x, int64_t n) {
+  constexpr int W = kLanes<Compute<E>>;
+  if (n >= W) return store_row(p, x);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(E) == 4) return _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)x);
+  if constexpr (sizeof(E) == 8) return _mm512_mask_storeu_pd(p, (1u << n) - 1, (__m512d)x);
+#endif
+  E part[W];
+  store_row(part, x);
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(E) == 2)
+    return _mm256_mask_storeu_epi16(p, (1u << n) - 1, _mm256_loadu_si256((const __m256i*)part));
+#endif
+  for (int64_t l = 0; l < n; ++l) p[l] = part[l];
+}
+
+}  // namespace fastib::FASTIB_ISA_NAMESPACE

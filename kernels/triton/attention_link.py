@@ -1,0 +1,233 @@
+"""Loss of linearly combined attention maps against teacher maps on a GPU (AAL, Eq. 4-5).
+
+    a = w attn + bias,  loss_bc = sum_s (a / |a| - t / |t|)^2
+
+Every kernel makes the tiles of a that it needs: a is never in memory. The forward leaves three numbers a map, from
+which the gradient to a tile of a follows: its factor 1 / |a|, the teacher's, and the part of the difference along a.
+Floor per image: C S teacher elements read, 2 C M S operations forward, 4 more with gradients.
+"""
+
+import torch
+
+import triton
+import triton.language as tl
+
+from .mhca_attention_config import DTYPES, device_guard
+from .mhca_attention_tile import PRECISION
+
+SCALARS = ["B", "C", "M", "S", "per_chunk"]
+WARPS = 8
+
+
+def _tile(attn: torch.Tensor) -> tuple[int, int, int]:
+    """Channels, maps and positions of a tile: the largest without spills on every chip."""
+    return (32, 16, 32) if attn.element_size() == 4 else (32, 32, 64)
+
+
+@triton.jit
+def _maps(
+    w_ptr, bias_ptr, attn_ptr, stride_am, c, s, C, M, S, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The tile (c, s) of a, 0 outside. w: (C, M) dense."""
+    bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    a = tl.zeros((BLOCK_C, BLOCK_S), tl.float32) + bias[:, None]
+    for start in range(0, M, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        w = tl.load(w_ptr + c[:, None] * M + m[None, :], mask=(c < C)[:, None] & (m < M)[None, :], other=0.0)
+        attn = tl.load(
+            attn_ptr + m[:, None] * stride_am + s[None, :], mask=(m < M)[:, None] & (s < S)[None, :], other=0.0
+        )
+        a = tl.dot(w, attn, a, input_precision=PRECISION)
+    return tl.where((s < S)[None, :], a, 0.0)
+
+
+@triton.jit
+def _teacher(target_ptr, stride_tc, c, s, C, S):
+    inside = (c < C)[:, None] & (s < S)[None, :]
+    return tl.load(target_ptr + c[:, None].to(tl.int64) * stride_tc + s[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _map_gradient(a, t, stats_ptr, scale_ptr, bc, c, C):
+    """Gradient of the scaled loss to a tile of a."""
+    live = c < C
+    a_factor = tl.load(stats_ptr + 3 * (bc + c), mask=live, other=0.0)
+    t_factor = tl.load(stats_ptr + 3 * (bc + c) + 1, mask=live, other=0.0)
+    along = tl.load(stats_ptr + 3 * (bc + c) + 2, mask=live, other=0.0)
+    factor = 2.0 * a_factor
+    if scale_ptr is not None:
+        factor = factor * tl.load(scale_ptr + bc + c, mask=live, other=0.0)
+    unit = a * a_factor[:, None]
+    return (unit - t * t_factor[:, None] - unit * along[:, None]) * factor[:, None]
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def attention_link_fwd_kernel(
+    attn_ptr, w_ptr, bias_ptr, target_ptr, loss_ptr, stats_ptr, stride_ab, stride_am, stride_tb, stride_tc,
+    C, M, S, eps, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """loss (B, C) and stats (B, C, 3). Program: an image and BLOCK_C channels."""
+    b = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    attn_ptr += b * stride_ab
+    target_ptr += b * stride_tb
+    lane = tl.arange(0, BLOCK_S)
+    aa = tl.zeros((BLOCK_C,), tl.float32)
+    tt = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(0, S, BLOCK_S):
+        a = _maps(w_ptr, bias_ptr, attn_ptr, stride_am, c, start + lane, C, M, S, BLOCK_C, BLOCK_M, BLOCK_S)
+        t = _teacher(target_ptr, stride_tc, c, start + lane, C, S)
+        aa += tl.sum(a * a, 1)
+        tt += tl.sum(t * t, 1)
+    a_norm = tl.sqrt(aa)
+    a_factor = 1.0 / tl.where(a_norm < eps, eps, a_norm)
+    t_norm = tl.sqrt(tt)
+    t_factor = 1.0 / tl.where(t_norm < eps, eps, t_norm)
+    loss = tl.zeros((BLOCK_C,), tl.float32)
+    along = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(0, S, BLOCK_S):
+        a = _maps(w_ptr, bias_ptr, attn_ptr, stride_am, c, start + lane, C, M, S, BLOCK_C, BLOCK_M, BLOCK_S)
+        t = _teacher(target_ptr, stride_tc, c, start + lane, C, S)
+        unit = a * a_factor[:, None]
+        d = unit - t * t_factor[:, None]
+        loss += tl.sum(d * d, 1)
+        along += tl.sum(d * unit, 1)
+    along = tl.where(a_norm > eps, along, 0.0)  # the length of a does not count
+    at = b * C + c
+    tl.store(loss_ptr + at, loss, mask=c < C)
+    tl.store(stats_ptr + 3 * at, a_factor, mask=c < C)
+    tl.store(stats_ptr + 3 * at + 1, t_factor, mask=c < C)
+    tl.store(stats_ptr + 3 * at + 2, along, mask=c < C)
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def attention_link_bwd_attn_kernel(
+    attn_ptr, w_ptr, bias_ptr, target_ptr, stats_ptr, scale_ptr, dattn_ptr, stride_ab, stride_am, stride_tb, stride_tc,
+    C, M, S, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """dattn (B, M, S) dense. Program: an image, BLOCK_M maps and BLOCK_S positions; it walks along the channels."""
+    b = tl.program_id(2).to(tl.int64)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    attn_ptr += b * stride_ab
+    target_ptr += b * stride_tb
+    grad = tl.zeros((BLOCK_M, BLOCK_S), tl.float32)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        a = _maps(w_ptr, bias_ptr, attn_ptr, stride_am, c, s, C, M, S, BLOCK_C, BLOCK_M, BLOCK_S)
+        t = _teacher(target_ptr, stride_tc, c, s, C, S)
+        da = _map_gradient(a, t, stats_ptr, scale_ptr, b * C, c, C)
+        w = tl.load(w_ptr + c[:, None] * M + m[None, :], mask=(c < C)[:, None] & (m < M)[None, :], other=0.0)
+        grad = tl.dot(tl.trans(w), da.to(w.dtype), grad, input_precision=PRECISION)
+    inside = (m < M)[:, None] & (s < S)[None, :]
+    tl.store(dattn_ptr + (b * M + m[:, None]) * S + s[None, :], grad.to(dattn_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def attention_link_bwd_weight_kernel(
+    attn_ptr, w_ptr, bias_ptr, target_ptr, stats_ptr, scale_ptr, dw_ptr, dbias_ptr, stride_ab, stride_am, stride_tb,
+    stride_tc, B, C, M, S, per_chunk, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Parts (chunks, C, M) of dw and (chunks, C) of dbias. Program: BLOCK_C channels, BLOCK_M maps, a run of images."""
+    chunk = tl.program_id(2).to(tl.int64)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    lane = tl.arange(0, BLOCK_S)
+    grad = tl.zeros((BLOCK_C, BLOCK_M), tl.float32)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    for b in range(chunk * per_chunk, tl.minimum((chunk + 1) * per_chunk, B)):
+        for start in range(0, S, BLOCK_S):
+            s = start + lane
+            maps_ptr = attn_ptr + b * stride_ab
+            a = _maps(w_ptr, bias_ptr, maps_ptr, stride_am, c, s, C, M, S, BLOCK_C, BLOCK_M, BLOCK_S)
+            t = _teacher(target_ptr + b * stride_tb, stride_tc, c, s, C, S)
+            da = _map_gradient(a, t, stats_ptr, scale_ptr, b * C, c, C)
+            inside = (m < M)[:, None] & (s < S)[None, :]
+            attn = tl.load(maps_ptr + m[:, None] * stride_am + s[None, :], mask=inside, other=0.0)
+            grad = tl.dot(da.to(attn.dtype), tl.trans(attn), grad, input_precision=PRECISION)
+            total += tl.sum(da, 1)
+    row = chunk * C + c
+    tl.store(dw_ptr + row[:, None] * M + m[None, :], grad, mask=(c < C)[:, None] & (m < M)[None, :])
+    if tl.program_id(1) == 0:
+        tl.store(dbias_ptr + row, total, mask=c < C)
+
+
+def _prepare(attn, weight, target, mask):
+    """attn and target with dense rows, and the weight as it is multiplied: masked and in attn's dtype."""
+    if attn.dtype not in DTYPES:
+        raise RuntimeError(
+            f"attention_link_loss: the Triton kernels take float32, bfloat16 or float16, got {attn.dtype}"
+        )
+    weight = weight if mask is None else weight.masked_fill(~mask, 0.0)
+    attn, target = (t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous() for t in (attn, target))
+    return attn, weight.to(attn.dtype).contiguous(), target
+
+
+def _forward(attn, weight, bias, target, eps):
+    """loss (B, C) and the statistics of each map, for the gradients."""
+    B, M, S = attn.shape
+    C = weight.shape[0]
+    loss = attn.new_empty((B, C), dtype=torch.float32)
+    stats = attn.new_empty((B, C, 3), dtype=torch.float32)
+    if loss.numel() == 0 or S == 0:
+        return loss.zero_(), stats.zero_()
+    tile = _tile(attn)
+    with device_guard(attn):
+        attention_link_fwd_kernel[(triton.cdiv(C, tile[0]), B)](
+            attn, weight, bias.contiguous(), target, loss, stats, *attn.stride()[:2], *target.stride()[:2],
+            C, M, S, float(eps), *tile, num_warps=WARPS,
+        )  # fmt: skip
+    return loss, stats
+
+
+def _gradients(attn, weight, bias, target, mask, stats, scale):
+    """Gradients of sum(scale * loss) to attn, weight and bias; scale (B, C), or None for 1."""
+    B, M, S = attn.shape
+    C = weight.shape[0]
+    dattn = torch.empty((B, M, S), dtype=attn.dtype, device=attn.device)
+    chunks = max(1, min(B, B * S * attn.element_size() // (64 * max(M, 1))))  # parts below a sixteenth of the target
+    per_chunk = -(-B // chunks)
+    dweight = attn.new_empty((chunks, C, M), dtype=torch.float32)
+    dbias = attn.new_empty((chunks, C), dtype=torch.float32)
+    bias = bias.contiguous()
+    scale = None if scale is None else scale.contiguous()
+    tile = _tile(attn)
+    blocks = [triton.cdiv(n, block) for n, block in zip((C, M, S), tile, strict=True)]
+    strides = *attn.stride()[:2], *target.stride()[:2]
+    with device_guard(attn):
+        attention_link_bwd_attn_kernel[(blocks[2], blocks[1], B)](
+            attn, weight, bias, target, stats, scale, dattn, *strides,
+            C, M, S, *tile, num_warps=WARPS,
+        )  # fmt: skip
+        attention_link_bwd_weight_kernel[(blocks[0], blocks[1], chunks)](
+            attn, weight, bias, target, stats, scale, dweight, dbias, *strides,
+            B, C, M, S, per_chunk, *tile, num_warps=WARPS,
+        )  # fmt: skip
+    dweight = dweight.sum(0)
+    return dattn, dweight if mask is None else dweight.masked_fill_(~mask, 0.0), dbias.sum(0)
+
+
+def attention_link_fwd(attn, weight, bias, target, mask, eps):
+    """loss (B, C) float32. Arguments: the native op's. RuntimeError for a dtype not taken."""
+    attn, weight, target = _prepare(attn, weight, target, mask)
+    return _forward(attn, weight, bias, target, eps)[0]
+
+
+def attention_link_bwd(grad, attn, weight, bias, target, mask, eps):
+    """Gradients to attn, weight and bias, given that of the (B, C) sums. Arguments: the native op's."""
+    return _both(attn, weight, bias, target, mask, eps, grad)[1:]
+
+
+def attention_link_both(attn, weight, bias, target, mask, eps):
+    """The (B, C) sums, and the gradients of their sum. Arguments: the native op's."""
+    return _both(attn, weight, bias, target, mask, eps, None)
+
+
+def _both(attn, weight, bias, target, mask, eps, scale):
+    if attn.numel() == 0 or target.numel() == 0:
+        loss = attn.new_zeros((attn.shape[0], weight.shape[0]), dtype=torch.float32)
+        return loss, attn.new_zeros(attn.shape), torch.zeros_like(weight), torch.zeros_like(bias)
+    attn, weight, target = _prepare(attn, weight, target, mask)
+    loss, stats = _forward(attn, weight, bias, target, eps)
+    return loss, *_gradients(attn, weight, bias, target, mask, stats, scale)
