@@ -26,6 +26,7 @@ def module(name):
 harness, report = module("harness"), module("report")
 machine, memory, ceilings = module("machine"), module("memory"), module("ceilings")
 mhca, house = module("peers.mhca_attention"), module("house")
+involution = module("peers.involution")
 
 
 def right_step(checking):
@@ -136,6 +137,16 @@ def test_peers_agree_with_the_reference(rpe_dropout, dtype, layout):
     assert seen["flex"].status == "unavailable" and "CPU" in seen["flex"].reason
     if rpe_dropout:
         assert "low rank" in seen["sdpa augmented"].reason
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_peers_of_involution_agree_with_the_reference(layout, dtype, stride):
+    inputs = involution.Inputs(involution.Case(2, 32, 9, dtype, "train", 3, stride, layout))
+    peers = [peer for peer in involution.peers(inputs) if "compiled" not in peer.name]
+    _, seen = harness.admit(peers, involution.reference(inputs, images=1), involution.allowed(dtype))
+    assert {name: measured.reason for name, measured in seen.items()} == dict.fromkeys(seen, "")
 
 
 def test_gate_catches_a_peer_without_the_position_term():
@@ -269,8 +280,9 @@ def test_compiled_peers_are_left_out_first(monkeypatch):
     assert house.House(house.Options()).hurried(slow) is slow
 
 
-def test_every_case_names_its_peers_and_goals_once():
-    bench = module("bench_mhca_attention")
+@pytest.mark.parametrize("op", ["mhca_attention", "involution"])
+def test_every_case_names_its_peers_and_goals_once(op):
+    bench = module(f"bench_{op}")
     for device in ("cpu", "cuda"):
         cases = bench.cases(device)
         jobs = [bench.make_job(case, None, quick=False) for case in cases]
@@ -282,7 +294,8 @@ def test_every_case_names_its_peers_and_goals_once():
             assert {goal.case for goal in job.goals} <= {"", *(other.key for other in jobs)}
 
 
-def test_the_memory_checkers_small_case_passes_its_gate():
-    job = module("bench_mhca_attention").small_job("cpu")
+@pytest.mark.parametrize("op", ["mhca_attention", "involution"])
+def test_the_memory_checkers_small_case_passes_its_gate(op):
+    job = module(f"bench_{op}").small_job("cpu")
     _, seen = harness.admit(job.peers[:1], job.reference(), job.allowed)
     assert seen["fastib"].status == "ok", seen["fastib"].reason
