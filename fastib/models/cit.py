@@ -230,7 +230,7 @@ class CiT(VisionTransformer):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, num_classes) of the class token, or the mean of all tokens'; the sequence without pooling."""
         if not self.global_pool:
-            return x if pre_logits else self.head(x)
+            return super().forward_head(x, pre_logits)
         if pre_logits:
             x = x[:, 0] if self.inference == "class" else x[:, : self.num_prefix_tokens].mean(dim=1)
             return self.head_drop(self.fc_norm(x))
