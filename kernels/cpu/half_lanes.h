@@ -7,6 +7,8 @@
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 typedef uint16_t HalfLanes __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t WordLanes __attribute__((vector_size(kVectorBytes)));
 
@@ -25,9 +27,16 @@ inline Vec<Compute<E>> load_lanes(const E* p) {
   return load_row(p);
 }
 
-// Rounds to nearest even; NaN stays NaN.
+// Rounds to nearest even; NaN stays NaN. Where the processor has an instruction for it, numbers too small for a full
+// mantissa become 0, as they do in its products of bfloat16.
 template <typename E>
 inline void store_lanes(E* p, Vec<Compute<E>> x) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<E, bfloat16>) {
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+    return;
+  }
+#endif
   if constexpr (std::is_same_v<E, bfloat16>) {
     const WordLanes bits = (WordLanes)x;
     const WordLanes rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
