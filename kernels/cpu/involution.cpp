@@ -20,7 +20,7 @@ void run(const Params& params, int64_t begin, int64_t end) {
 }
 
 // Whether the taps of a run can be multiplied in pairs.
-bool pairs(const InvolutionParams& p) { return p.stride == 1 && p.dilation == 1 && p.K <= 9; }
+[[maybe_unused]] bool pairs(const InvolutionParams& p) { return p.stride == 1 && p.dilation == 1 && p.K <= 9; }
 
 template <typename E>
 void forward(const InvolutionParams& p, int64_t begin, int64_t end) {

@@ -24,6 +24,8 @@ class InvolutionForward {
     memory.take(x.dst, rows * x.columns * W);
     memory.take(out, p.Wo * W);
     if (kStaged) memory.take(staged.dst, p.K * staged.run_step() + W);
+    if (M::paired) memory.take(staged.masks, staged.masks_needed(p.K, p.Wo));
+    if (staged.masks) staged.make_masks();
     runs.lay_out(memory);
   }
 
@@ -88,6 +90,8 @@ class InvolutionGradX {
     memory.take(grad.dst, rows * grad.columns * W);
     memory.take(out, p.Wi * W);
     memory.take(staged.dst, p.K * staged.run_step() + W);
+    if (M::paired) memory.take(staged.masks, staged.masks_needed(p.K, p.Wo));
+    if (staged.masks) staged.make_masks();
     memory.take(row_of_run, p.K);
     memory.take(classes, p.stride);
     if (classes)

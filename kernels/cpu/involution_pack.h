@@ -15,13 +15,18 @@ struct Image {
 };
 
 #if defined(__AVX512BF16__)
-// Lanes [from, to) of 16 bit memory, each in the low half of 32; nothing else is read.
-inline __m512i load_halves(const bfloat16* p, int64_t from, int64_t to) {
-  const uint32_t skipped = from < 0 ? 0 : from > 16 ? 16 : from, below = to < 0 ? 0 : to > 16 ? 16 : to;
-  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(((1u << below) - 1) & ~((1u << skipped) - 1), p));
+// Lanes [0, n) of 16 bit memory, zero beyond; nothing else is read.
+inline __m256i load_halves(const bfloat16* p, int64_t n) {
+  return _mm256_maskz_loadu_epi16(n >= 16 ? 0xFFFF : n <= 0 ? 0 : (1u << n) - 1, p);
 }
 
-inline __m512i pair_up(__m512i low, __m512i high) { return _mm512_or_si512(low, _mm512_slli_epi32(high, 16)); }
+// Lane l: low[l] in the lower half, high[l] in the upper one.
+inline __m512i pair_up(__m256i low, __m256i high) {
+  static const int16_t order[] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                  8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  return _mm512_permutex2var_epi16(_mm512_castsi256_si512(low), _mm512_loadu_si512(order),
+                                   _mm512_castsi256_si512(high));
+}
 #endif
 
 // Vectors of channels: dst (rows, columns, lanes) of an image's rows [first_row, ...) and columns [first_column, ...).
@@ -43,7 +48,7 @@ struct ChannelVectors {
       return load_part(p, n);
     } else {
 #if defined(__AVX512BF16__)
-      return (Vec<float>)pair_up(load_halves(p, 0, n), load_halves(p + 1, 0, n - 1));
+      return (Vec<float>)pair_up(load_halves(p, n), load_halves(p + 1, n - 1));
 #endif
     }
   }
@@ -55,8 +60,8 @@ struct ChannelVectors {
       return load_part(x.at(0, i, j), channels);
     } else {
 #if defined(__AVX512BF16__)
-      return (Vec<float>)pair_up(load_halves(x.at(0, i, j), 0, j < 0 ? 0 : channels),
-                                 load_halves(x.at(0, i, j + 1), 0, j + 1 < x.columns ? channels : 0));
+      return (Vec<float>)pair_up(load_halves(x.at(0, i, j), j < 0 ? 0 : channels),
+                                 load_halves(x.at(0, i, j + 1), j + 1 < x.columns ? channels : 0));
 #endif
     }
   }
@@ -85,9 +90,10 @@ struct ChannelVectors {
       for (int64_t c = 0; c < channels; ++c) std::memcpy((char*)(left + c) + sizeof(E), x.at(c, i, 0), sizeof(E));
     }
     for (int64_t j = 0; j < to; j += W) {
+      const int64_t n = x.columns - j, step = x.channel;
+      const E* from = x.at(0, i, j);
       Vec<typename M::Sum> square[W];
-      for (int c = 0; c < W; ++c)
-        square[c] = c < channels ? pixels(x.at(c, i, j), x.columns - j) : Vec<typename M::Sum>{};
+      for (int c = 0; c < W; ++c, from += step) square[c] = c < channels ? pixels(from, n) : Vec<typename M::Sum>{};
       transpose<typename M::Sum>(square);
       typename M::Sum* to_column = (typename M::Sum*)at(i, j);
       for (int l = 0; l < W && j + l < to; ++l) store(to_column + l * W, square[l]);
@@ -118,10 +124,10 @@ struct ChannelPlanes {
           std::memset(row + c * channel_step, 0, row_step() * sizeof(Unit));
       } else if (x.channel == 1 && x.column != 1) {
         pack_pixels(x, i, row, channels);
-      } else {
-        for (int64_t c = 0; c < planes(channels); ++c) pack_row(x, i, c, row + c * channel_step, channels);
       }
     }
+    if (x.channel == 1 && x.column != 1) return;
+    for (int64_t c = 0; c < planes(channels); ++c) pack_plane(x, c, channels);
   }
 
  private:
@@ -133,8 +139,8 @@ struct ChannelPlanes {
       return load_part(x.at(plane, i, j), n);
     } else {
 #if defined(__AVX512BF16__)
-      const __m512i high = load_halves(x.at(2 * plane + 1, i, j), 0, 2 * plane + 1 < channels ? n : 0);
-      return (Vec<float>)pair_up(load_halves(x.at(2 * plane, i, j), 0, n), high);
+      return (Vec<float>)pair_up(load_halves(x.at(2 * plane, i, j), n),
+                                 load_halves(x.at(2 * plane + 1, i, j), 2 * plane + 1 < channels ? n : 0));
 #endif
     }
   }
@@ -154,17 +160,22 @@ struct ChannelPlanes {
   }
 
   template <typename E>
-  void pack_row(const Image<const E>& x, int64_t i, int64_t plane, Unit* row, int64_t channels) const {
+  void pack_plane(const Image<const E>& x, int64_t plane, int64_t channels) const {
     using Sum = typename M::Sum;
-    if (phases == 1) {
-      for (int64_t j = 0; j < x.columns; j += W)
-        store((Sum*)(row + j - first_column), columns(x, i, plane, j, channels));
-      return;
-    }
-    for (int64_t j = 0; j < x.columns; j += W) {
-      Unit part[W];
-      store((Sum*)part, columns(x, i, plane, j, channels));
-      for (int64_t l = 0; l < W && j + l < x.columns; ++l) *place(row, j + l) = part[l];
+    const ChannelPlanes self = *this;  // in registers, out of reach of the stores
+    const int64_t begin = first_row > 0 ? first_row : 0, end = smaller(first_row + rows, x.rows), n = x.columns;
+    Unit* row = dst + plane * channel_step + (begin - first_row) * row_step();
+    for (int64_t i = begin; i < end; ++i, row += self.row_step()) {
+      if (self.phases == 1) {
+        for (int64_t j = 0; j < n; j += W)
+          store((Sum*)(row + j - self.first_column), columns(x, i, plane, j, channels));
+        continue;
+      }
+      for (int64_t j = 0; j < n; j += W) {
+        Unit part[W];
+        store((Sum*)part, columns(x, i, plane, j, channels));
+        for (int64_t l = 0; l < W && j + l < n; ++l) *self.place(row, j + l) = part[l];
+      }
     }
   }
 

@@ -34,7 +34,6 @@ inline int64_t most_rows(const InvolutionParams& p, int64_t rows) {
 }
 
 inline int64_t common_divisor(int64_t a, int64_t b) { return b ? common_divisor(b, a % b) : a; }
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Takes scratch memory in two passes: the first adds up, the second hands out. What is handed out holds zeros.
 class Layout {

@@ -18,6 +18,7 @@ struct Single {
   using Sum = T;
   using Operand = Vec<T>;
   static constexpr bool paired = false;
+  static constexpr int taps = 1;  // of a unit
   static Operand operand(const Unit* p) { return in_register(load(p)); }
   static Operand last(Operand x) { return x; }
   static Vec<T> scale(Vec<T> sum, const Unit* w, Operand x) { return sum + splat(*w) * x; }
@@ -31,6 +32,7 @@ struct Paired {
   using Sum = float;
   using Operand = __m512i;
   static constexpr bool paired = true;
+  static constexpr int taps = 2;
   static Operand operand(const Unit* p) { return in_register(_mm512_loadu_si512(p)); }
   // Of a run of odd length: the second tap of the last pair does not exist, and x may be infinite there.
   static Operand last(Operand x) { return _mm512_and_si512(x, _mm512_set1_epi32(0xFFFF)); }
@@ -75,7 +77,8 @@ inline __attribute__((always_inline)) void tap_tile(const TapRow& row, const typ
 #pragma GCC unroll 16
       for (int t = 0; t < N; ++t) {
         const int place = at - t * D;
-        if (P == kAheadPixels && place == 0) __builtin_prefetch(ahead + t * row.ahead_tap, 0, 2);
+        if (P == kAheadPixels && place == 0)
+          for (int k = t * M::taps; k < (t + 1) * M::taps; ++k) __builtin_prefetch(ahead + k * row.ahead_tap, 0, 2);
         if (place % S == 0 && place >= 0 && place / S < P) {
           const int p = place / S;
           const auto* weight = S == 1 ? wr + at * row.w_pixel + t * slide : wr + p * row.w_pixel + t * row.w_tap;

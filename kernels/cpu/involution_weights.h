@@ -26,6 +26,22 @@ struct WeightRuns {
   Unit* dst;
   int64_t K, count, columns, left, pitch;
   bool by_pixel;
+  uint16_t* masks = nullptr;  // (count, blocks of W columns, 2) for pairs: lanes inside of the image, of either half
+
+  static int64_t masks_needed(int64_t K, int64_t columns) { return 2 * units(K) * divide_up(columns, W); }
+
+  void make_masks() const {
+    uint16_t* mask = masks;
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t a = 0; a < columns; a += W)
+        for (int64_t half = 0; half < 2; ++half, ++mask) {
+          const int64_t tap = kReversed ? K - 1 - 2 * t - half : 2 * t + half;
+          const int64_t from = a + (kReversed ? 2 * t - left + half : 0);
+          *mask = 0;
+          for (int64_t l = 0; l < W; ++l)
+            if (tap >= 0 && tap < K && from + l >= 0 && from + l < columns) *mask |= 1u << l;
+        }
+  }
 
   static int64_t units(int64_t K) { return M::paired ? (K + 1) / 2 : K; }
   // Units from pixel to pixel: 8 where that keeps the taps of a pixel in one line of the cache.
@@ -84,20 +100,15 @@ struct WeightRuns {
   template <typename E>
   void stage_pairs(int64_t run, const Weights<const E>& w, int64_t u, int64_t i) const {
 #if defined(__AVX512BF16__)
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t low = kReversed ? K - 1 - 2 * t : 2 * t, high = kReversed ? low - 1 : low + 1;
-      const int64_t shift = kReversed ? 2 * t - left : 0;
-      const bool both = high >= 0 && high < K;
-      const E *lows = w.at(u, low, i, 0), *highs = w.at(u, both ? high : low, i, 0);
-      Unit* to = dst + run * run_step() + t * pitch;
-      const int64_t all = columns;
-      for (int64_t a = 0; a < all; a += W) {
-        const int64_t from = a + shift, next = kReversed ? from + 1 : from;
-        const __m512i pair = pair_up(load_halves(lows + from, -from, all - from),
-                                     load_halves(highs + next, -next, both ? all - next : 0));
-        _mm512_storeu_si512(to + a, pair);
-      }
-    }
+    const int64_t n = columns, units = count, to_step = pitch;
+    const int64_t low_step = kReversed ? 2 - 2 * w.v : 2 * w.v, high = kReversed ? 1 - w.v : w.v;
+    const E* low = w.at(u, kReversed ? K - 1 : 0, i, kReversed ? -left : 0);
+    const uint16_t* mask = masks;
+    Unit* to = dst + run * run_step();
+    for (int64_t t = 0; t < units; ++t, low += low_step, to += to_step)
+      for (int64_t a = 0; a < n; a += W, mask += 2)
+        _mm512_storeu_si512(to + a, pair_up(_mm256_maskz_loadu_epi16(mask[0], low + a),
+                                            _mm256_maskz_loadu_epi16(mask[1], low + high + a)));
 #endif
   }
 

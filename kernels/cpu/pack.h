@@ -63,13 +63,18 @@ inline Vec<float> load_row(const bfloat16* p) {
   return (Vec<float>)(__builtin_convertvector(words, WideWords) << 16);
 }
 
-// to_bfloat16 of every lane.
+// to_bfloat16 of every lane. Where the processor has an instruction for it, numbers too small for a full mantissa
+// become 0, as they do in its products of bfloat16.
 inline void store_row(bfloat16* p, Vec<float> x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
   const WideWords bits = (WideWords)x;
   const WideWords rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const auto nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
   const Words words = __builtin_convertvector(nan ? (bits >> 16) | 0x0040u : rounded, Words);
   std::memcpy(p, &words, sizeof(words));
+#endif
 }
 
 inline Vec<float> load_row(const float16* p) {

@@ -5,6 +5,8 @@
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Lanes [0, n) of memory, zero beyond; nothing beyond is read.
 template <typename E>
 inline Vec<Compute<E>> load_part(const E* p, int64_t n) {
