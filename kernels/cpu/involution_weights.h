@@ -98,7 +98,8 @@ struct WeightRuns {
   }
 
   template <typename E>
-  void stage_pairs(int64_t run, const Weights<const E>& w, int64_t u, int64_t i) const {
+  void stage_pairs([[maybe_unused]] int64_t run, [[maybe_unused]] const Weights<const E>& w, [[maybe_unused]] int64_t u,
+                   [[maybe_unused]] int64_t i) const {
 #if defined(__AVX512BF16__)
     const int64_t n = columns, units = count, to_step = pitch;
     const int64_t low_step = kReversed ? 2 - 2 * w.v : 2 * w.v, high = kReversed ? 1 - w.v : w.v;
@@ -113,7 +114,8 @@ struct WeightRuns {
   }
 
   template <typename E>
-  void stage_pairs_by_pixel(int64_t run, const Weights<const E>& w, int64_t u, int64_t i) const {
+  void stage_pairs_by_pixel([[maybe_unused]] int64_t run, [[maybe_unused]] const Weights<const E>& w,
+                            [[maybe_unused]] int64_t u, [[maybe_unused]] int64_t i) const {
 #if defined(__AVX512BF16__)
     const __mmask16 taps = (1u << K) - 1;
     if constexpr (!kReversed) {
