@@ -85,15 +85,33 @@ void forward(const ClsAttentionParams& p, int64_t begin, int64_t end) {
   }
 }
 
+// kVecs vectors of columns: grad_q = sum of ds_j k_j, and grad_k_j = ds_j q.
+template <int kVecs, typename E, typename T>
+void gradient_columns(const T* ds, const T* q, Rows<const E> k, T* grad_q, Rows<E> grad_k, int64_t N) {
+  constexpr int W = kLanes<T>;
+  Vec<T> query[kVecs], sum[kVecs] = {};
+  for (int v = 0; v < kVecs; ++v) query[v] = load(q + v * W);
+  for (int64_t j = 0; j < N; ++j) {
+    const E* key = k.row(j);
+    E* grad_key = grad_k.row(j);
+    for (int v = 0; v < kVecs; ++v) {
+      sum[v] += ds[j] * load_row(key + v * W);
+      store_row(grad_key + v * W, ds[j] * query[v]);
+    }
+  }
+  for (int v = 0; v < kVecs; ++v) store(grad_q + v * W, sum[v]);
+}
+
 template <typename E>
 void backward(const ClsAttentionGradParams& g, int64_t begin, int64_t end) {
   using T = Compute<E>;
   constexpr int W = kLanes<T>;
   const ClsAttentionParams& p = g.forward;
   const int64_t width = round_to_lanes<T>(p.D);
-  if (!scratch.reserve(2 * Scratch::padded_bytes<T>(width))) throw std::bad_alloc();
+  if (!scratch.reserve(2 * Scratch::padded_bytes<T>(width) + Scratch::padded_bytes<T>(p.N))) throw std::bad_alloc();
   T* q = scratch.take<T>(width);
   T* grad_q = scratch.take<T>(width);
+  T* ds = scratch.take<T>(p.N);
   for (int64_t u = begin; u < end; ++u) {
     const int64_t b = u / p.H, h = u % p.H;
     const E* q_row = static_cast<const E*>(p.q) + b * p.q_stride[0] + h * p.q_stride[1];
@@ -103,21 +121,23 @@ void backward(const ClsAttentionGradParams& g, int64_t begin, int64_t end) {
     const E* probs = static_cast<const E*>(p.probs) + u * p.N;
     const E* grad = static_cast<const E*>(g.grad) + u * p.N;
     pack_rows(q, width, Rows<const E>{q_row, 0}, 1, p.D);
-    for (int64_t d = 0; d < width; ++d) grad_q[d] = 0;
     const T delta = dot(probs, grad, p.N);
-    for (int64_t j = 0; j < p.N; ++j) {
-      const T ds = load_float(probs + j) * (load_float(grad + j) - delta) * static_cast<T>(p.scale);
-      const E* key = k.row(j);
-      E* grad_key = grad_k.row(j);
-      int64_t d = 0;
-      for (; d + W <= p.D; d += W) {
-        store(grad_q + d, load(grad_q + d) + ds * load_row(key + d));
-        store_row(grad_key + d, ds * load(q + d));
+    for (int64_t j = 0; j < p.N; ++j)
+      ds[j] = load_float(probs + j) * (load_float(grad + j) - delta) * static_cast<T>(p.scale);
+    int64_t d = 0;
+    for (; d + 4 * W <= p.D; d += 4 * W)
+      gradient_columns<4>(ds, q + d, Rows<const E>{k.p + d, k.stride}, grad_q + d, Rows<E>{grad_k.p + d, grad_k.stride},
+                          p.N);
+    for (; d + W <= p.D; d += W)
+      gradient_columns<1>(ds, q + d, Rows<const E>{k.p + d, k.stride}, grad_q + d, Rows<E>{grad_k.p + d, grad_k.stride},
+                          p.N);
+    for (; d < p.D; ++d) {
+      T sum = 0;
+      for (int64_t j = 0; j < p.N; ++j) {
+        sum += ds[j] * load_float(k.row(j) + d);
+        store_float(grad_k.row(j) + d, ds[j] * q[d]);
       }
-      for (; d < p.D; ++d) {
-        grad_q[d] += ds * load_float(key + d);
-        store_float(grad_key + d, ds * q[d]);
-      }
+      grad_q[d] = sum;
     }
     E* grad_q_row = static_cast<E*>(g.grad_q) + b * g.grad_q_stride[0] + h * g.grad_q_stride[1];
     unpack_rows(Rows<E>{grad_q_row, 0}, grad_q, width, 1, p.D, T(1));
