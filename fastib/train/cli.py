@@ -73,7 +73,24 @@ def _train(arguments) -> None:
 def _eval(arguments) -> None:
     from fastib.train.evaluate import evaluate_run
 
-    print(json.dumps(evaluate_run(Path(arguments.folder), arguments.data), indent=2))
+    scores = evaluate_run(Path(arguments.folder), arguments.data)
+    print(json.dumps(scores, indent=2))
+    _show_tables({name: rows for name, rows in scores.items() if isinstance(rows, dict)})
+
+
+def _show_tables(tables: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Tables for people, on stderr: stdout is JSON."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for title, rows in tables.items():
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        grid = Table("", title=title)
+        for column in columns:
+            grid.add_column(column, justify="right", overflow="fold")
+        for name, row in rows.items():
+            grid.add_row(name, *(f"{row[column]:.4g}" if column in row else "" for column in columns))
+        Console(stderr=True, highlight=False).print(grid)
 
 
 def _info(_arguments) -> None:
