@@ -70,10 +70,6 @@ class CoAdvise(Method):
             return self.student.token_logits(images)
         return (self.student(images),) * (1 + len(self.frozen))
 
-    @torch.no_grad()
-    def _teacher_logits(self, images: Tensor) -> list[Tensor]:
-        return [teacher(images) for teacher in self.frozen.values()]
-
     def losses(self, images: Tensor, targets: Tensor, progress: float) -> dict[str, Tensor]:
         """Weighted losses "cls", "distill_1", "distill_2", ..., whose sum is Eq. 1.
 
@@ -81,14 +77,20 @@ class CoAdvise(Method):
         """
         logits, *answers = self._student_logits(images)
         losses = {"cls": self.lambdas[0] * F.cross_entropy(_wide(logits), targets)}
-        terms = zip(self.lambdas[1:], self.taus, answers, self._teacher_logits(images), strict=True)
+        terms = zip(self.lambdas[1:], self.taus, answers, self.frozen.values(), strict=True)
         for i, (weight, tau, answer, teacher) in enumerate(terms, 1):
-            losses[f"distill_{i}"] = weight * tau**2 * divergence(answer, teacher, tau).mean()
+            if weight == 0:  # the teacher is not asked; DistributedDataParallel waits for a gradient all the same
+                losses[f"distill_{i}"] = 0.0 * _wide(answer).sum()
+                continue
+            with torch.no_grad():
+                target = teacher(images)
+            losses[f"distill_{i}"] = weight * tau**2 * divergence(answer, target, tau).mean()
         return losses
 
     def measure(self, images: Tensor, targets: Tensor) -> dict[tuple[str, str, str], Tensor]:
         """Table 5: each token's divergence (tau 1) from each teacher, and the accuracy of each in percent."""
-        answers, teachers = self._student_logits(images), self._teacher_logits(images)
+        answers = self._student_logits(images)
+        teachers = [teacher(images) for teacher in self.frozen.values()]
         names = [f"{i} {source}" for i, source in enumerate(self.options.teachers, 1)]
         rows = ["class token", *(f"token {name}" for name in names)] if self.has_tokens else ["student"]
         values = {}

@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         "Train a student. Options are key=value with the keys of the recipe, for example "
         "model.name=vit_tiny_patch16_224 optim.lr=1e-3 data.train_fraction=0.1"))  # fmt: skip
     train.add_argument("words", nargs="*", metavar="METHOD key=value", help="see `fastib info` for the methods")
-    teacher = commands.add_parser("teacher", help="train a CNN teacher")
+    teacher = commands.add_parser("teacher", help="train a teacher")
     teacher.add_argument("words", nargs="*", metavar="key=value")
     train.set_defaults(method=None)
     teacher.set_defaults(method="teacher")

@@ -193,6 +193,10 @@ def test_one_pass_through_student_and_teachers():
         model.register_forward_hook(lambda module, *_: passes.append((type(module).__name__, torch.is_grad_enabled())))
     method(*batch(), 0.0)
     assert passes == [("PatchEmbed", True), ("SmallCNN", False), ("RedNet", False)]
+    method.lambdas[1] = 0.0
+    losses = method(*batch(), 0.0)
+    assert passes[3:] == [("PatchEmbed", True), ("RedNet", False)]  # a teacher without weight is not asked
+    assert losses["distill_1"].item() == 0 and losses["distill_2"].item() > 0
 
 
 def test_losses_stay_float32_under_autocast():
@@ -296,11 +300,13 @@ def test_imagenet_recipe_has_the_numbers_of_the_paper():
     assert (augment.reprob, augment.smoothing, augment.repeats) == (0.25, 0.1, 1)
 
 
-def test_digits_recipe_differs_from_the_baseline_in_the_method_alone():
-    student, plain = load_config("co_advise", "digits"), load_config("plain", "digits")
+def test_digits_recipe_differs_from_the_baseline_in_method_mixing_and_length():
+    same = ["data.augment.mixup=0.8", "data.augment.cutmix=1.0", "epochs=100", "eval_every=10"]
+    student, plain = load_config("co_advise", "digits"), load_config("plain", "digits", overrides=same)
     assert (student.data, student.optim, student.sched) == (plain.data, plain.optim, plain.sched)
     assert (student.epochs, student.clip_grad, student.precision) == (plain.epochs, plain.clip_grad, plain.precision)
     assert plain.model.kwargs.items() <= student.model.kwargs.items()
+    unmixed = load_config("plain", "digits").data
     for name in ("digits", "digits_inn"):
         teacher_config = load_config("teacher", name)
-        assert teacher_config.data == student.data and teacher_config.method.name == "plain"
+        assert teacher_config.data == unmixed and teacher_config.method.name == "plain"

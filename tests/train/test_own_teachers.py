@@ -15,6 +15,7 @@ from fastib.train.data import build_data
 from fastib.train.errors import ConfigError
 from fastib.train.evaluate import evaluate_run
 from fastib.train.loop import resume, train
+from fastib.train.teachers import own_teachers
 
 STUDENT = ("model.name=cit_tiny_patch16_224", "method.teachers=[own:cnn,own:inn]", "data.augment.mixup=0.2",
            "checkpoint.every_steps=3")  # fmt: skip
@@ -165,6 +166,17 @@ def test_the_digits_recipe_trains_both(tmp_path):
     config = load_config("co_advise", "digits")
     assert config.method.teachers == [f"own:{name}" for name in config.teachers]
     assert [teacher.recipe for teacher in config.teachers.values()] == ["teacher/digits", "teacher/digits_inn"]
+
+
+def test_a_folder_of_images_has_a_recipe_with_teachers(tmp_path):
+    config = load_config("co_advise", data=str(tmp_path / "images"), overrides=["seed=4"])
+    cnn, inn = own_teachers(config, tmp_path / "run")
+    assert (cnn.model.name, inn.model.name) == ("resnet18", "rednet26")
+    for teacher in (cnn, inn):
+        assert (teacher.method.name, teacher.data.path, teacher.data.img_size) == ("plain", config.data.path, 224)
+        assert (teacher.data.augment.mixup, config.data.augment.mixup) == (0.0, 0.8)
+        assert teacher.seed == 4
+    assert config.method.teachers == [f"run:{tmp_path}/run/teachers/{name}" for name in ("cnn", "inn")]
 
 
 def test_a_run_that_exists_is_not_touched(advised, tmp_path):
