@@ -64,6 +64,14 @@ class Method(nn.Module):
             return self.student(images)
         return self.losses(images, targets, progress)
 
+    def measure(self, images: Tensor, targets: Tensor) -> dict[tuple[str, str, str], Tensor]:
+        """What ``fastib eval`` measures beside accuracy and loss: (table, row, column) to one value per image (B,).
+
+        Values are averaged over the evaluation images. Called in eval mode and without gradients; training-only parts
+        other than frozen ones have no trained weights there. A method that does not override this measures nothing.
+        """
+        return {}
+
     def backward(self, losses: dict[str, Tensor], accelerator) -> None:
         """Backward of one micro-batch. Override it for gradients that are not those of the plain sum."""
         accelerator.backward(sum(losses.values()))

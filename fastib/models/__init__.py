@@ -1,6 +1,8 @@
 """Models registered with timm: import this package, then ``timm.create_model(name)`` finds them."""
 
+from fastib.models.cit import CiT
 from fastib.models.dearkd import DearKDVisionTransformer, distillation_outputs
+from fastib.models.rednet import RedNet, convert_published_rednet
 from fastib.models.small_cnn import SmallCNN
 
-__all__ = ["DearKDVisionTransformer", "SmallCNN", "distillation_outputs"]
+__all__ = ["CiT", "DearKDVisionTransformer", "RedNet", "SmallCNN", "convert_published_rednet", "distillation_outputs"]

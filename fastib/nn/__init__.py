@@ -2,6 +2,7 @@
 
 from fastib.nn.aligner import Aligner
 from fastib.nn.convert import apply_mhca
+from fastib.nn.involution import Involution2d
 from fastib.nn.mhca import MHCA
 
-__all__ = ["MHCA", "Aligner", "apply_mhca"]
+__all__ = ["MHCA", "Aligner", "Involution2d", "apply_mhca"]

@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         "Train a student. Options are key=value with the keys of the recipe, for example "
         "model.name=vit_tiny_patch16_224 optim.lr=1e-3 data.train_fraction=0.1"))  # fmt: skip
     train.add_argument("words", nargs="*", metavar="METHOD key=value", help="see `fastib info` for the methods")
-    teacher = commands.add_parser("teacher", help="train a CNN teacher")
+    teacher = commands.add_parser("teacher", help="train a teacher")
     teacher.add_argument("words", nargs="*", metavar="key=value")
     train.set_defaults(method=None)
     teacher.set_defaults(method="teacher")
@@ -73,7 +73,24 @@ def _train(arguments) -> None:
 def _eval(arguments) -> None:
     from fastib.train.evaluate import evaluate_run
 
-    print(json.dumps(evaluate_run(Path(arguments.folder), arguments.data), indent=2))
+    scores = evaluate_run(Path(arguments.folder), arguments.data)
+    print(json.dumps(scores, indent=2))
+    _show_tables({name: rows for name, rows in scores.items() if isinstance(rows, dict)})
+
+
+def _show_tables(tables: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Tables for people, on stderr: stdout is JSON."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for title, rows in tables.items():
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        grid = Table("", title=title)
+        for column in columns:
+            grid.add_column(column, justify="right", overflow="fold")
+        for name, row in rows.items():
+            grid.add_row(name, *(f"{row[column]:.4g}" if column in row else "" for column in columns))
+        Console(stderr=True, highlight=False).print(grid)
 
 
 def _info(_arguments) -> None:

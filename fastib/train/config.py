@@ -123,10 +123,19 @@ class CheckpointConfig:
 
 
 @dataclass
+class TeacherConfig:
+    """A teacher that is trained before the student, on the same images, with the same seed and device."""
+
+    recipe: str = ""  # METHOD/NAME of a recipe, or a YAML file
+    options: list[str] = field(default_factory=list)  # key=value over the recipe
+
+
+@dataclass
 class TrainConfig:
     """A whole run. The recipe's YAML has these keys; ``method`` holds the options of the method that ``name`` names."""
 
     method: MethodOptions = field(default_factory=MethodOptions)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)  # those that `method` names as own:NAME
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -1,7 +1,8 @@
-"""Accuracy and loss of a model on the evaluation set."""
+"""Accuracy and loss of a model on the evaluation set, and what its method measures beside them."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -10,9 +11,10 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from timm.utils import AverageMeter, accuracy
 
-from fastib.train.build import load_student
-from fastib.train.config import read_config
-from fastib.train.data import build_data
+from fastib.methods import Method, get_method
+from fastib.train.build import load_student, load_teacher
+from fastib.train.config import TrainConfig, read_config
+from fastib.train.data import Data, build_data
 from fastib.train.errors import CheckpointError
 from fastib.train.runs import CONFIG, STUDENT
 
@@ -44,8 +46,31 @@ def evaluate(forward, loader, accelerator, valid: int | None = None) -> dict[str
     return {"loss": total / images, **scores}
 
 
-def evaluate_run(folder: Path, data: str | None = None) -> dict[str, float]:
+@torch.no_grad()
+def measure(method: Method, loader, accelerator, valid: int | None = None) -> dict[str, dict[str, dict[str, float]]]:
+    """Means of `Method.measure` over the images of all processes, by table, row and column; arguments of `evaluate`."""
+    sums, seen = {}, 0
+    for images, targets in loader:
+        count = len(targets) if valid is None else min(len(targets), valid - seen)
+        images, targets = send_to_device((images, targets), accelerator.device, non_blocking=True)
+        with accelerator.autocast():
+            values = method.measure(images, targets)
+        for key, value in values.items():
+            sums[key] = sums.get(key, 0.0) + value[:count].double().sum()
+        seen += count
+    total = torch.stack([*sums.values(), torch.tensor(seen, dtype=torch.float64, device=accelerator.device)])
+    *totals, images = accelerator.reduce(total, reduction="sum").tolist()
+    tables = {}
+    for (table, row, column), value in zip(sums, totals, strict=True):
+        tables.setdefault(table, {}).setdefault(row, {})[column] = value / images
+    return tables
+
+
+def evaluate_run(folder: Path, data: str | None = None) -> dict:
     """Scores of a finished run's student on the run's evaluation images, or on those of the folder `data`.
+
+    Beside loss, top1 and top5 there are the tables of the run's method, see `Method.measure`; they are left out with a
+    warning where a teacher is not there any more.
 
     Raises CheckpointError where the run has no student yet, DataError where the classes differ.
     """
@@ -59,4 +84,18 @@ def evaluate_run(folder: Path, data: str | None = None) -> dict[str, float]:
     dataset = build_data(config.data, config.seed, rank)
     model = load_student(folder / STUDENT).to(accelerator.device).eval()
     loader, valid = dataset.eval_loader(config.data, rank, world)
-    return evaluate(model, loader, accelerator, valid)
+    return evaluate(model, loader, accelerator, valid) | _tables(config, model, dataset, accelerator)
+
+
+def _tables(config: TrainConfig, model, dataset: Data, accelerator) -> dict:
+    cls = get_method(config.method.name)
+    if cls.measure is Method.measure:
+        return {}
+    try:
+        method = cls(config.method, model, config.data.num_classes, load_teacher)
+    except CheckpointError as error:
+        warnings.warn(f"the tables of {config.method.name} are left out: {error}", stacklevel=3)
+        return {}
+    method.to(accelerator.device).eval()
+    loader, valid = dataset.eval_loader(config.data, accelerator.process_index, accelerator.num_processes)
+    return measure(method, loader, accelerator, valid)

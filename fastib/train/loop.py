@@ -14,7 +14,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from timm.utils import ModelEmaV3
 
 from fastib.methods import get_method
@@ -26,16 +26,25 @@ from fastib.train.errors import CheckpointError, ConfigError, DivergedError, Sto
 from fastib.train.evaluate import evaluate
 from fastib.train.metrics import Metrics, Screen
 from fastib.train.optim import make_mixup, make_optimizer, make_scheduler
-from fastib.train.runs import CONFIG, RESULT, STUDENT, Signals, fresh_folder
+from fastib.train.runs import CONFIG, RESULT, STUDENT, Signals, claim_folder
 from fastib.train.seeding import STEP, seed_all
 from fastib.train.state import gather_state, gather_weights, restore_state
+from fastib.train.teachers import own_teachers, uses_own_teachers
 
 
 def train(config: TrainConfig) -> dict:
-    """Run `config` in a fresh folder to its end.
+    """Run `config` in a fresh folder to its end; before it, the teachers that its method names as ``own:NAME``.
 
+    A teacher's run is RUN/teachers/NAME. One that is finished is used as it is, one that was broken off goes on.
     Returns what result.json holds: accuracies, steps, seconds, and ``folder``.
     """
+    if uses_own_teachers(config):
+        for teacher in own_teachers(config, claim_folder(config)):
+            folder = Path(teacher.output)
+            if (folder / CONFIG).is_file():
+                resume(folder)
+            else:
+                train(teacher)
     return Trainer(config).fit()
 
 
@@ -85,7 +94,7 @@ class Trainer:
         self.names: tuple[str, ...] = ()
         self.seconds = 0.0
         self.first_step = 0
-        self.folder = self._folder(resume_from)
+        self.folder = resume_from or claim_folder(config)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
         if resume_from is not None:
             self._restore()
@@ -107,21 +116,6 @@ class Trainer:
         self.method = self.accelerator.unwrap_model(self.model)
         self.scheduler = make_scheduler(self.optimizer, config.sched, self.total, self.steps_per_epoch)
         self.mixup = make_mixup(config, self.world)
-
-    def _folder(self, resume_from: Path | None) -> Path:
-        if resume_from is not None:
-            return resume_from
-        found: list = [None]
-        if self.accelerator.is_main_process:
-            try:
-                found = [fresh_folder(self.config)]
-            except ConfigError as error:
-                found = [error]
-        folder = broadcast_object_list(found)[0]
-        if isinstance(folder, ConfigError):
-            raise folder
-        self.config.output = str(folder)
-        return folder
 
     def _restore(self) -> None:
         """Load the newest checkpoint that can be read; say so where it is not the newest one there is."""

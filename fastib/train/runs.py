@@ -6,6 +6,9 @@ import signal
 import threading
 from pathlib import Path
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
 from fastib.train.config import TrainConfig
 from fastib.train.errors import ConfigError
 
@@ -32,6 +35,21 @@ def fresh_folder(config: TrainConfig) -> Path:
             return folder
         except FileExistsError:
             number += 1
+
+
+def claim_folder(config: TrainConfig) -> Path:
+    """`fresh_folder`, made by the main process and known to all of them."""
+    found: list = [None]
+    if PartialState(cpu=config.device == "cpu").is_main_process:
+        try:
+            found = [fresh_folder(config)]
+        except ConfigError as error:
+            found = [error]
+    folder = broadcast_object_list(found)[0]
+    if isinstance(folder, ConfigError):
+        raise folder
+    config.output = str(folder)
+    return folder
 
 
 class Signals:

@@ -20,6 +20,11 @@ def kill_in_step(config: str, step: str) -> None:
     train(read_config(config))
 
 
+def whole(config: str) -> None:
+    """A run from beginning to end."""
+    train(read_config(config))
+
+
 def terminate_in_step(config: str, step: str) -> None:
     """SIGTERM in the middle of a step, as a scheduler sends it."""
     from fastib.train.cli import main
