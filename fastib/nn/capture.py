@@ -72,9 +72,10 @@ class CapturedAttention:
         self.projections = [_projection(attn) for _, attn in self.layers]
         self.embedding, self.full_grid = _patch_embedding(model)
         self._mode = _Observer(self)
-        self._start()
+        self.clear()
 
-    def _start(self) -> None:
+    def clear(self) -> None:
+        """Forget the maps."""
         self.names: list[str] = []
         self._maps: list[Tensor] = []
         self.grids: list[tuple[int, int]] = []
@@ -86,7 +87,7 @@ class CapturedAttention:
         drop = self.patch_drop
         if drop is not None and drop.training and getattr(drop, "prob", 0.0) > 0:
             raise ValueError(f"{_NAME}: model must keep all patches; build it with patch_drop_rate=0")
-        self._start()
+        self.clear()
         self._mode.__enter__()
         return self
 
