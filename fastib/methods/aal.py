@@ -101,7 +101,7 @@ def analyze_links(tensors: dict[str, Tensor], folder: Path, threshold: float = 0
     rows = {}
     for level, values in enumerate(selection.strength.tolist(), 1):
         kept = [str(i + 1) for i in selection.kept[level - 1].nonzero()[:, 0].tolist()]
-        row = {str(layer): round(value, 4) for layer, value in enumerate(values, 1)}
+        row = {str(layer): round(value, 3) for layer, value in enumerate(values, 1)}
         rows[f"CNN level {level}"] = row | {"kept layers": ", ".join(kept) or "none"}
     note = f"{int(selection.mask.sum())} of {int((~weight.isnan()).sum())} links kept; train with method.links={file}"
     return Analysis({"links between CNN levels and ViT layers": rows}, [picture, file], note)

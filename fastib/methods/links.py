@@ -43,8 +43,8 @@ def select_links(weight: Tensor, levels: Tensor, layers: Tensor, threshold: floa
 
     Raises ValueError for a threshold outside [0, 1).
     """
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold: expected a number in [0, 1), got {threshold}")
+    if not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
+        raise ValueError(f"threshold: expected a number in [0, 1), got {threshold!r}")
     magnitude = weight.double().abs()
     there = ~magnitude.isnan()
     low, high = magnitude[there].min(), magnitude[there].max()
