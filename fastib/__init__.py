@@ -8,12 +8,13 @@ __version__ = "0.1.0"
 _LAZY = {
     "apply_mhca": "fastib.nn",
     "build_info": "fastib._native",
+    "capture_cls_attention": "fastib.nn",
     "models": "fastib.models",
     "nn": "fastib.nn",
     "ops": "fastib.ops",
 }
 
-__all__ = ["__version__", "apply_mhca", "backends", "build_info"]
+__all__ = ["__version__", "apply_mhca", "backends", "build_info", "capture_cls_attention"]
 
 
 def backends() -> dict[str, dict[str, bool | str]]:

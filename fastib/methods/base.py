@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -16,6 +17,21 @@ class MethodOptions:
     """Base of every method's options: the recipe's section ``method:``. ``name`` is filled in by the harness."""
 
     name: str = ""
+
+
+@dataclass
+class Analysis:
+    """What ``fastib analyze`` shows.
+
+    Attributes:
+        tables: numbers or words by table, row and column.
+        files: what it wrote.
+        note: a closing line.
+    """
+
+    tables: dict[str, dict[str, dict[str, float | str]]] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    note: str = ""
 
 
 class Method(nn.Module):
@@ -35,6 +51,9 @@ class Method(nn.Module):
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     find_unused_parameters: ClassVar[bool] = False
     """True where some steps leave trainable parameters without a gradient (a second stage that drops a part)."""
+
+    analyses: ClassVar[dict[str, Callable[..., Analysis]]] = {}
+    """What ``fastib analyze NAME RUN key=value`` calls: f(state dict of the trained method, output folder, **keys)."""
 
     def __init__(self, options: Any, student: nn.Module, num_classes: int, load_teacher: LoadTeacher):
         super().__init__()

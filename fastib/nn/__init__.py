@@ -1,8 +1,10 @@
 """Modules around the operators, and parts that methods add to models while they train."""
 
 from fastib.nn.aligner import Aligner
+from fastib.nn.attention_link import AttentionLink
+from fastib.nn.capture import capture_cls_attention
 from fastib.nn.convert import apply_mhca
 from fastib.nn.involution import Involution2d
 from fastib.nn.mhca import MHCA
 
-__all__ = ["MHCA", "Aligner", "Involution2d", "apply_mhca"]
+__all__ = ["MHCA", "Aligner", "AttentionLink", "Involution2d", "apply_mhca", "capture_cls_attention"]

@@ -1,4 +1,4 @@
-"""The command line: ``fastib train``, ``teacher``, ``eval`` and ``info``."""
+"""The command line: ``fastib train``, ``teacher``, ``eval``, ``analyze`` and ``info``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 for an error shown on stderr, 128 + signal for a stopped run."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)  # argparse leaves words that follow an option
-    if any(word.startswith("-") for word in rest) or (rest and arguments.run is not _train):
+    if any(word.startswith("-") for word in rest) or (rest and arguments.run not in (_train, _analyze)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
     try:
@@ -48,7 +48,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="evaluate the student of a finished run")
     evaluate.add_argument("folder", metavar="RUN")
     evaluate.add_argument("--data", help="another folder of images with the same classes")
+    evaluate.add_argument("--localization", metavar="BOXES", help=(
+        "how well the averaged attention maps find the objects of --data, a folder of images: MaxBoxAcc for the boxes "
+        "of a CSV file with the columns image,x0,y0,x1,y1, in pixels"))  # fmt: skip
+    evaluate.add_argument("--overlays", type=int, default=0, metavar="N", help=(
+        "with --localization: draw the attention on the first N images, into RUN/overlays"))  # fmt: skip
     evaluate.set_defaults(run=_eval)
+    analyze = commands.add_parser("analyze", help="read something off a finished run", description=(
+        "Options are key=value. For a run of the method aal: links threshold=0.05"))  # fmt: skip
+    analyze.add_argument("name", metavar="WHAT")
+    analyze.add_argument("folder", metavar="RUN")
+    analyze.add_argument("words", nargs="*", metavar="key=value")
+    analyze.set_defaults(run=_analyze)
     commands.add_parser("info", help="versions, backends, methods, recipes, models").set_defaults(run=_info)
     return parser
 
@@ -72,25 +83,45 @@ def _train(arguments) -> None:
 
 def _eval(arguments) -> None:
     from fastib.train.evaluate import evaluate_run
+    from fastib.train.localize import localize_run
 
-    scores = evaluate_run(Path(arguments.folder), arguments.data)
+    if arguments.localization is None:
+        if arguments.overlays:
+            raise ConfigError("--overlays goes with --localization")
+        scores = evaluate_run(Path(arguments.folder), arguments.data)
+    else:
+        scores = localize_run(Path(arguments.folder), arguments.data, arguments.localization, arguments.overlays)
     print(json.dumps(scores, indent=2))
     _show_tables({name: rows for name, rows in scores.items() if isinstance(rows, dict)})
 
 
-def _show_tables(tables: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Tables for people, on stderr: stdout is JSON."""
+def _analyze(arguments) -> None:
+    from fastib.train.analyze import analyze_run
+
+    analysis = analyze_run(arguments.name, Path(arguments.folder), [*arguments.words, *arguments.rest])
+    _show_tables(analysis.tables, stderr=False)
+    for path in analysis.files:
+        print(f"wrote {path}")
+    if analysis.note:
+        print(analysis.note)
+
+
+def _show_tables(tables: dict[str, dict[str, dict[str, float | str]]], stderr: bool = True) -> None:
+    """Tables for people; on stderr where stdout is JSON."""
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(stderr=stderr, highlight=False)
+    console = console if console.is_terminal else Console(stderr=stderr, highlight=False, width=160)
     for title, rows in tables.items():
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         grid = Table("", title=title)
         for column in columns:
             grid.add_column(column, justify="right", overflow="fold")
         for name, row in rows.items():
-            grid.add_row(name, *(f"{row[column]:.4g}" if column in row else "" for column in columns))
-        Console(stderr=True, highlight=False).print(grid)
+            cells = (row.get(column, "") for column in columns)
+            grid.add_row(name, *(cell if isinstance(cell, str) else f"{cell:.4g}" for cell in cells))
+        console.print(grid)
 
 
 def _info(_arguments) -> None:
