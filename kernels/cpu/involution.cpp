@@ -4,6 +4,8 @@
 // forward and (3 C/G + 2 K^2) Ho Wo backward. At 16 channels a group and K = 7 memory bounds the forward, and memory
 // and arithmetic alike the backward: a weight is read once, a row at a time, and the rest of a band stays in the second
 // cache.
+#include <tuple>
+
 #include "involution_apply.h"
 #include "involution_grad_weight.h"
 
@@ -12,11 +14,13 @@ namespace {
 
 thread_local Scratch scratch;
 
-template <typename Work, typename Params>
+// Runs one kind of work, or two side by side, so that the second finds in the cache what the first has read.
+template <typename... Works, typename Params>
 void run(const Params& params, int64_t begin, int64_t end) {
-  Work work(params);
-  give_memory(work, scratch);
-  for (int64_t unit = begin; unit < end; ++unit) work.unit(unit);
+  std::tuple<Works...> works{Works(params)...};
+  std::apply([](auto&... work) { give_memory(scratch, work...); }, works);
+  for (int64_t unit = begin; unit < end; ++unit)
+    std::apply([unit](auto&... work) { (work.unit(unit), ...); }, works);
 }
 
 // Whether the taps of a run can be multiplied in pairs.
@@ -32,26 +36,15 @@ void forward(const InvolutionParams& p, int64_t begin, int64_t end) {
 }
 
 template <typename E>
-void grad_x(const InvolutionGradParams& g, int64_t begin, int64_t end) {
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<E, bfloat16>)
-    if (pairs(g.forward)) return run<InvolutionGradX<Paired, E>>(g, begin, end);
-#endif
-  run<InvolutionGradX<Single<Compute<E>>, E>>(g, begin, end);
-}
-
-template <typename E>
-void grad_weight(const InvolutionGradParams& g, int64_t begin, int64_t end) {
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<E, bfloat16>) return run<InvolutionGradWeight<Paired, E>>(g, begin, end);
-#endif
-  run<InvolutionGradWeight<Single<Compute<E>>, E>>(g, begin, end);
-}
-
-template <typename E>
 void backward(const InvolutionGradParams& g, int64_t begin, int64_t end) {
-  grad_x<E>(g, begin, end);
-  grad_weight<E>(g, begin, end);
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<E, bfloat16>) {
+    if (pairs(g.forward)) return run<InvolutionGradX<Paired, E>, InvolutionGradWeight<Paired, E>>(g, begin, end);
+    return run<InvolutionGradX<Single<float>, E>, InvolutionGradWeight<Paired, E>>(g, begin, end);
+  }
+#endif
+  using M = Single<Compute<E>>;
+  run<InvolutionGradX<M, E>, InvolutionGradWeight<M, E>>(g, begin, end);
 }
 
 }  // namespace

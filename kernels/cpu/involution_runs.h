@@ -55,14 +55,14 @@ class Layout {
   int64_t bytes_ = 0;
 };
 
-// Gives `work` its memory, as its member lay_out says.
-template <typename Work>
-void give_memory(Work& work, Scratch& scratch) {
+// Gives each of `works` its memory, as its member lay_out says.
+template <typename... Works>
+void give_memory(Scratch& scratch, Works&... works) {
   Layout sizes(nullptr);
-  work.lay_out(sizes);
+  (works.lay_out(sizes), ...);
   if (!scratch.reserve(sizes.bytes())) throw std::bad_alloc();
   Layout memory(&scratch);
-  work.lay_out(memory);
+  (works.lay_out(memory), ...);
 }
 
 // Points a row of tiles at the weights that the next row will read: row i for the first run, from row u of taps on, and
