@@ -46,3 +46,9 @@ def test_digits_baseline_and_teacher_are_fair():
     assert (student.epochs, student.clip_grad, student.precision) == (plain.epochs, plain.clip_grad, plain.precision)
     assert asdict(student.data) == asdict(teacher.data)
     assert student.method.teacher == "own:cnn" and student.teachers["cnn"].recipe == "teacher/digits"
+
+
+def test_folder_recipe_trains_its_teacher():
+    config = load_config("aal", data="anywhere")
+    assert (config.data.name, config.data.path, config.method.teacher) == ("folder", "anywhere", "own:cnn")
+    assert config.teachers["cnn"].recipe == "teacher/folder" and timm.is_model(config.model.name)
