@@ -172,7 +172,8 @@ struct Problem {
     tensor.each([&](E& e) {
       const double error = std::fabs(Element<E>::to(e) - exact[k]);
       const double sums = Element<E>::dtype == DType::float64 ? 0x1p-53 : 0x1p-24;
-      const double allowed = 1.01 * Element<E>::unit * std::fabs(exact[k]) + 200 * sums * size[k] + 1e-30;
+      const double smallest = Element<E>::dtype == DType::float16 ? 0x1p-25 : 1e-30;  // half a step near 0
+      const double allowed = 1.01 * Element<E>::unit * std::fabs(exact[k]) + 200 * sums * size[k] + smallest;
       CHECK(error <= allowed, where, " element ", k, " error ", error, " allowed ", allowed);
       ++k;
     });
