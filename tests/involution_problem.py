@@ -75,7 +75,10 @@ class Problem:
         squares = self.call(involution_ref, [t.double().square() for t in inputs], grad_out.double().square())
         taps, group = inputs[1].shape[2] ** 2, inputs[0].shape[1] / max(inputs[1].shape[1], 1)
         unit = torch.finfo(self.wide).eps * (2 if self.dtype == torch.float64 else 1)
-        power = 1.0 if inputs[0].stride(-1) == inputs[0].stride(1) == 0 else 0.5
+        alike = all(
+            stride == 0 or size == 1 for size, stride in zip(inputs[0].shape[1:], inputs[0].stride()[1:], strict=True)
+        )
+        power = 1.0 if alike else 0.5
         return [
             unit * terms**power * t.max().item() ** 0.5 if t.numel() else 0.0
             for terms, t in zip((taps, taps, group), squares, strict=True)

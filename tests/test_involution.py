@@ -62,6 +62,14 @@ def test_layers_of_rednet(target, channels, size, kernel, stride, dtype, layout)
     problem.check(target, [x, weight], grad_out)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_larger_than_a_cache(target, stride, dtype):
+    """Written past the caches, from rows of odd length that begin anywhere in a line."""
+    skip_float64_on_gpu(target, dtype)
+    Problem(3, 16, 16, 7, (67 * stride, 59 * stride), dtype, stride=stride).check(target)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(

@@ -19,8 +19,7 @@ template <typename... Works, typename Params>
 void run(const Params& params, int64_t begin, int64_t end) {
   std::tuple<Works...> works{Works(params)...};
   std::apply([](auto&... work) { give_memory(scratch, work...); }, works);
-  for (int64_t unit = begin; unit < end; ++unit)
-    std::apply([unit](auto&... work) { (work.unit(unit), ...); }, works);
+  for (int64_t unit = begin; unit < end; ++unit) std::apply([unit](auto&... work) { (work.unit(unit), ...); }, works);
 }
 
 // Whether the taps of a run can be multiplied in pairs.

@@ -3,6 +3,7 @@
 
 #include "involution_dot.h"
 #include "involution_runs.h"
+#include "stream.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 
@@ -38,6 +39,7 @@ class InvolutionGradWeight {
     if (x_column)
       for (int64_t v = 0, q = 0; v < p.K; ++v, q += p.dilation) x_column[v] = q % p.stride * x.width + q / p.stride;
     if (p.channels_last) memory.take(out, kDotRows * taps() * W);
+    if (streamed()) memory.take(rows_out, p.K * p.K * streamed_rows() * p.Wo);
   }
 
   void unit(int64_t index) {
@@ -48,14 +50,20 @@ class InvolutionGradWeight {
     grad.first_row = at.begin, grad.rows = at.end - at.begin;
     x.pack(image(static_cast<const E*>(p.x), p.x_stride, at.b, first, p.Hi, p.Wi), group);
     grad.pack(image(static_cast<const E*>(g.grad_out), g.grad_out_stride, at.b, first, p.Ho, p.Wo), group);
-    to = weights(static_cast<E*>(g.grad_weight), g.grad_weight_stride, at.b, at.g);
-    for (int64_t phase = 0; phase < apart; ++phase) {
-      int64_t i = at.begin + phase;
-      if (pattern)
-        for (; i + (kDotRows - 1) * apart < at.end; i += kDotRows * apart) tiles<kDotRows>(i);
-      if (pattern && kDotRows > 3 && i + apart < at.end) tiles<2>(i), i += 2 * apart;
-      for (; i < at.end; i += apart) tiles<1>(i);
+    const Weights<E> all = weights(static_cast<E*>(g.grad_weight), g.grad_weight_stride, at.b, at.g);
+    if (streamed()) {
+      for (int64_t i = at.begin; i < at.end; i += streamed_rows()) {
+        const int64_t n = smaller(streamed_rows(), at.end - i), step = streamed_rows() * p.Wo;
+        to = {rows_out - i * p.Wo, p.K * step, step, p.Wo, 1};
+        some_rows(i, i + n);
+        for (int64_t tap = 0; tap < p.K * p.K; ++tap)
+          stream_bytes(all.at(tap / p.K, tap % p.K, i, 0), rows_out + tap * step, n * p.Wo * sizeof(E));
+      }
+      end_stream();
+      return;
     }
+    to = all;
+    for (int64_t phase = 0; phase < apart; ++phase) some_rows(at.begin + phase, at.end);
   }
 
  private:
@@ -65,6 +73,23 @@ class InvolutionGradWeight {
 
   // A step between planes that spreads them over the sets of a cache: an odd number of vectors.
   static int64_t spread(int64_t units) { return (divide_up(units, W) | 1) * W; }
+
+  // Whether results go past the caches: more than they would hold, in rows that follow each other in memory.
+  bool streamed() const {
+    const int64_t bytes = p.B * p.G * p.K * p.K * p.Ho * p.Wo * static_cast<int64_t>(sizeof(E));
+    return kCanStream && bytes >= kStreamedBytes && !p.channels_last && apart == 1 && g.grad_weight_stride[4] == p.Wo;
+  }
+
+  // Rows that are streamed together: long enough to be whole lines of the cache for the most part.
+  int64_t streamed_rows() const { return divide_up(1024, p.Wo * sizeof(E) * kDotRows) * kDotRows; }
+
+  // Rows i, i + apart, ... below `end`.
+  void some_rows(int64_t i, int64_t end) {
+    if (pattern)
+      for (; i + (kDotRows - 1) * apart < end; i += kDotRows * apart) tiles<kDotRows>(i);
+    if (pattern && kDotRows > 3 && i + apart < end) tiles<2>(i), i += 2 * apart;
+    for (; i < end; i += apart) tiles<1>(i);
+  }
 
   // Rows i, i + apart, ... of all columns.
   template <int R>
@@ -121,6 +146,7 @@ class InvolutionGradWeight {
   Weights<E> to{};
   int64_t* x_column = nullptr;
   Sum* out = nullptr;
+  E* rows_out = nullptr;
 };
 
 }  // namespace fastib::FASTIB_ISA_NAMESPACE
