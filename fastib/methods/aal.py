@@ -96,7 +96,7 @@ def analyze_links(tensors: dict[str, Tensor], folder: Path, threshold: float = 0
         weight[own["channels"][:, None], own["columns"]] = links
     selection = select_links(weight, levels, layers, threshold)
     picture, file = folder / "links.png", folder / "links.safetensors"
-    draw_links(selection, picture, f"mean magnitude of the links; framed: above {threshold:g}")
+    draw_links(selection, picture, f"links; above {threshold:g} framed")
     write_mask(file, selection.mask)
     rows = {}
     for level, values in enumerate(selection.strength.tolist(), 1):

@@ -12,6 +12,7 @@ from fastib.train.cli import main
 from fastib.train.config import save_config
 from fastib.train.errors import ConfigError
 from fastib.train.loop import resume, train
+from fastib.train.metrics import read_metrics
 
 AAL = ("model.kwargs={patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2}", "method.teacher=own:cnn",
        "teachers.cnn.recipe=teacher/digits", "teachers.cnn.options=[steps=1]")  # fmt: skip
@@ -94,6 +95,22 @@ def test_two_processes_and_accumulation_give_the_gradients_of_one(linked, scenar
     assert found["one"].keys() == found["two"].keys()
     for name, value in found["one"].items():
         torch.testing.assert_close(found["two"][name], value, rtol=1e-3, atol=1e-5 * value.abs().max().item() + 1e-8)
+
+
+@pytest.mark.slow
+def test_sharded_training_computes_the_same(linked, scenario, tmp_path):
+    train(linked("steps=1", output="first"))
+    settings = ("epochs=1", f"method.teacher=run:{tmp_path}/first/teachers/cnn")
+    save_config(linked(*settings, output="two"), tmp_path / "two.yaml")
+    done = scenario("sharded", tmp_path / "two.yaml", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(linked(*settings, output="one"))
+    for two, one in zip(*(read_metrics(tmp_path / f"{n}/metrics.csv") for n in ("two", "one")), strict=True):
+        assert two == pytest.approx(one, rel=1e-3)
+    files = (tmp_path / name / "checkpoints/step-00000004/model.safetensors" for name in ("two", "one"))
+    ours, theirs = map(load_file, files)
+    assert ours.keys() == theirs.keys()
+    torch.testing.assert_close(ours["groups.0.link.weight"], theirs["groups.0.link.weight"], rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize(
