@@ -4,7 +4,16 @@ from fastib.nn.aligner import Aligner
 from fastib.nn.attention_link import AttentionLink
 from fastib.nn.capture import capture_cls_attention
 from fastib.nn.convert import apply_mhca
+from fastib.nn.generalized_conv import GeneralizedConv2d
 from fastib.nn.involution import Involution2d
 from fastib.nn.mhca import MHCA
 
-__all__ = ["MHCA", "Aligner", "AttentionLink", "Involution2d", "apply_mhca", "capture_cls_attention"]
+__all__ = [
+    "MHCA",
+    "Aligner",
+    "AttentionLink",
+    "GeneralizedConv2d",
+    "Involution2d",
+    "apply_mhca",
+    "capture_cls_attention",
+]
