@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -90,15 +91,29 @@ def draw_head_tokens(pictures: Tensor, maps: Tensor, path: Path, title: str) -> 
     figure.suptitle(title)
     axes = figure.subplots(count, tokens + 1, squeeze=False)
     for row in range(count):
-        picture = pictures[row].clamp(0, 1)
-        axes[row][0].imshow(picture[0] if len(picture) == 1 else picture.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+        picture = pictures[row].clamp(0, 1).numpy()
+        axes[row][0].imshow(
+            picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=1
+        )
         for token in range(tokens):
-            axes[row][token + 1].imshow(maps[row, token], cmap="viridis")
+            axes[row][token + 1].imshow(maps[row, token].numpy(), cmap="viridis")
     for column, axis in enumerate(axes[0]):
         axis.set_title("image" if column == 0 else f"token {column}", fontsize=8)
     for axis in axes.flat:
         axis.set_axis_off()
     figure.savefig(path, dpi=120)
+
+
+@dataclass
+class DHVTOptions(MethodOptions):
+    """Options of `DHVTMethod`.
+
+    Attributes:
+        sync_norms: average the BatchNorm statistics of the patch embedding over the processes, which must be on GPUs,
+            as the published model does.
+    """
+
+    sync_norms: bool = False
 
 
 @register_method("dhvt")
@@ -108,11 +123,14 @@ class DHVTMethod(Plain):
     Raises ValueError for a student without head tokens.
     """
 
+    Options = DHVTOptions
     analyses: ClassVar[dict] = {"head-tokens": analyze_head_tokens}
 
-    def __init__(self, options: MethodOptions, student: nn.Module, num_classes: int, load_teacher: LoadTeacher | Any):
+    def __init__(self, options: DHVTOptions, student: nn.Module, num_classes: int, load_teacher: LoadTeacher | Any):
         super().__init__(options, student, num_classes, load_teacher)
         if not any(isinstance(module, HeadTokenAttention) for module in student.modules()):
             raise ValueError(
                 f"student: expected a model with head tokens, such as dhvt_tiny_patch4_32, got {type(student).__name__}"
             )
+        if options.sync_norms:
+            student.patch_embed = nn.SyncBatchNorm.convert_sync_batchnorm(student.patch_embed)
