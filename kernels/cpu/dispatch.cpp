@@ -45,8 +45,9 @@ FASTIB_TABLE(isa_v3, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f
                          __builtin_cpu_supports("bmi2"))
 FASTIB_TABLE(isa_v4, isa_v3::supported() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16"))
-static const KernelTable* const kTables[] = {&isa_v2::table, &isa_v3::table, &isa_v4::table};
+                         __builtin_cpu_supports("avx512vl"))
+FASTIB_TABLE(isa_v4_bf16, isa_v4::supported() && __builtin_cpu_supports("avx512bf16"))
+static const KernelTable* const kTables[] = {&isa_v2::table, &isa_v3::table, &isa_v4::table, &isa_v4_bf16::table};
 #else
 FASTIB_TABLE(isa_portable, true)
 static const KernelTable* const kTables[] = {&isa_portable::table};
