@@ -58,6 +58,23 @@ def gradients(config: str, target: str) -> None:
         save_file(save, target)
 
 
+def freeze_norms(trainer: Trainer) -> None:
+    """BatchNorm keeps its running statistics, and sees no batch: processes with half of it each compute the same."""
+    for module in trainer.method.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval().train = lambda mode=True, module=module: module
+
+
+def frozen_norms(config: str, target: str) -> None:
+    """`gradients` with `freeze_norms`."""
+    trainer = Trainer(read_config(config))
+    freeze_norms(trainer)
+    save = spy_gradients(trainer)
+    trainer.fit()
+    if trainer.rank == 0:
+        save_file(save, target)
+
+
 def sharded(config: str) -> None:
     """FSDP2 on the CPU, which accelerate offers on accelerators alone: its state is changed behind its back."""
     from accelerate import FullyShardedDataParallelPlugin

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastib.train.build import load_student
 from fastib.train.cifar import Cifar
 from fastib.train.cli import main
 from fastib.train.config import DataConfig
-from fastib.train.data import build_data
+from fastib.train.data import PaddedCrop, build_data
 from fastib.train.errors import DataError
 
 SIZES = {"cifar10": [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], "cifar100": ["train", "test"]}
@@ -79,6 +80,21 @@ def lay_out(root: Path, name: str, kind: str, form: str) -> Path:
 @pytest.mark.parametrize("form", ["archive", "archive in a folder", "unpacked", "unpacked in a folder"])
 @pytest.mark.parametrize("kind", ["binary", "python"])
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_padded_crops_are_resized():
+    """A crop of the image's own size, black where it was padded, brought to the size of the model."""
+    crop, image = PaddedCrop(4, 96, "bilinear"), Image.new("RGB", (32, 32), (255, 255, 255))
+    seen = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        assert crop(image).size == (96, 96)
+        torch.manual_seed(seed)
+        plain = np.asarray(PaddedCrop(4, 32, "bilinear")(image))[..., 0]
+        rows, columns = (np.flatnonzero(plain.max(axis)) for axis in (1, 0))
+        assert plain.shape == (32, 32) and min(len(rows), len(columns)) >= 28
+        seen.add((int(rows[0]) - 31 + int(rows[-1]), int(columns[0]) - 31 + int(columns[-1])))
+    assert len(seen) > 20
+
+
 def test_published_forms(name, kind, form, tmp_path):
     path = lay_out(tmp_path, name, kind, form)
     expected = batches(name)
