@@ -63,11 +63,13 @@ def check(where: Target, attn, weight, bias, teacher, reduction="mean", **option
 
 
 def steps(teacher, reduction, a, weight, bias, round=lambda x: x, mask=None, eps=1e-12):
-    """The loss with its roundings: of the maps and their gradients, the units and the distances."""
+    """The loss with its roundings: of the maps, their norms and the gradients of both, the units and the distances."""
     maps = round(augment_attention_ref(a, weight, bias, mask))
-    if maps.requires_grad:
-        maps.register_hook(round)
-    units = [round(t / t.norm(dim=2, keepdim=True).clamp_min(eps)) for t in (maps, round(teacher))]
+    norms = [round(t.norm(dim=2, keepdim=True)) for t in (maps, teacher)]
+    for t in (maps, norms[0]):
+        if t.requires_grad:
+            t.register_hook(round)
+    units = [round(t / n.clamp_min(eps)) for t, n in zip((maps, round(teacher)), norms, strict=True)]
     loss = round(units[0] - units[1]).square().sum(2)
     return loss if reduction == "none" else loss.sum() / (teacher.numel() if reduction == "mean" else 1)
 

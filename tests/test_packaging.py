@@ -234,7 +234,9 @@ def test_the_same_library_runs_under_cpu_only_torch_213(tmp_path):
     shutil.rmtree(tmp_path / "torch")
 
 
-@pytest.mark.parametrize("flags", ["-march=x86-64-v2", "-march=x86-64-v3", "-march=x86-64-v4 -mavx512bf16"])
+@pytest.mark.parametrize(
+    "flags", ["-march=x86-64-v2", "-march=x86-64-v3", "-march=x86-64-v4", "-march=x86-64-v4 -mavx512bf16"]
+)
 def test_clang_takes_the_kernels(flags):
     """The vector code is written for GCC's and Clang's extensions alike."""
     clang = shutil.which("clang++")

@@ -2,7 +2,17 @@
 
 from fastib.models.cit import CiT
 from fastib.models.dearkd import DearKDVisionTransformer, distillation_outputs
+from fastib.models.dhvt import DHVT, convert_published_dhvt
 from fastib.models.rednet import RedNet, convert_published_rednet
 from fastib.models.small_cnn import SmallCNN
 
-__all__ = ["CiT", "DearKDVisionTransformer", "RedNet", "SmallCNN", "convert_published_rednet", "distillation_outputs"]
+__all__ = [
+    "DHVT",
+    "CiT",
+    "DearKDVisionTransformer",
+    "RedNet",
+    "SmallCNN",
+    "convert_published_dhvt",
+    "convert_published_rednet",
+    "distillation_outputs",
+]

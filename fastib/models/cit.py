@@ -7,8 +7,8 @@ from timm.layers import resample_abs_pos_embed, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from fastib.models.patch_embed import GridPatchEmbed
 from fastib.models.rednet import rednet_stem
 
 __all__ = ["AlignedPatchEmbed", "CiT", "Stem"]
@@ -59,10 +59,8 @@ class Stem(nn.Module):
         return self.proj(self.layers(x))
 
 
-class AlignedPatchEmbed(nn.Module):
+class AlignedPatchEmbed(GridPatchEmbed):
     """Patch tokens and one token per stem: the sum of the stems' maps, and the mean of each (Sec. 3.2).
-
-    Takes the place of timm's PatchEmbed: `img_size`, `patch_size`, `grid_size`, `num_patches` and its methods.
 
     Args:
         stems: kinds of stems, in the order of their tokens.
@@ -77,56 +75,22 @@ class AlignedPatchEmbed(nn.Module):
         self, stems: Sequence[str], stem_width: int = 64, img_size=224, patch_size=16, in_chans: int = 3,
         embed_dim: int = 384, strict_img_size: bool = True, dynamic_img_pad: bool = False, device=None, dtype=None,
     ):  # fmt: skip
-        super().__init__()
         unknown = [kind for kind in stems if kind not in STEMS]
         if unknown or not stems:
             raise ValueError(f"stems: expected some of {', '.join(STEMS)}, got {unknown[0] if unknown else 'none'!r}")
-        self.patch_size = to_2tuple(patch_size)
-        if any(side < 2 or side % 2 for side in self.patch_size):
+        if any(side < 2 or side % 2 for side in to_2tuple(patch_size)):
             raise ValueError(f"patch_size: expected even numbers, since the stems halve the image, got {patch_size}")
-        self.strict_img_size, self.dynamic_img_pad = strict_img_size, dynamic_img_pad
-        self._set_size(img_size)
+        super().__init__(img_size, patch_size, strict_img_size, dynamic_img_pad)
         self.stems = nn.ModuleList(
             Stem(kind, in_chans, stem_width, embed_dim, self.patch_size, device, dtype) for kind in stems
         )
 
-    def _set_size(self, img_size) -> None:
-        size = to_2tuple(img_size)
-        if not self.dynamic_img_pad and any(side % patch for side, patch in zip(size, self.patch_size, strict=True)):
-            raise ValueError(f"img_size: expected multiples of patch_size {self.patch_size}, got {size}")
-        self.img_size, self.grid_size = size, self.dynamic_feat_size(size)
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
-
-    def set_input_size(self, img_size=None, patch_size=None) -> None:
-        """A new image size. ValueError for another patch size, which the stems' projections are made for."""
-        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
-            raise ValueError(f"patch_size: expected {self.patch_size}, fixed in aligned stems, got {patch_size}")
-        if img_size is not None:
-            self._set_size(img_size)
-
-    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Pixels per patch, the larger side or both."""
-        return max(self.patch_size) if as_scalar else self.patch_size
-
-    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """The patch grid of an image of this size."""
-        (height, width), (rows, columns) = img_size, self.patch_size
-        pad = self.dynamic_img_pad
-        return (height + pad * (rows - 1)) // rows, (width + pad * (columns - 1)) // columns
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, in_chans, H, W). Result: patches (B, gh, gw, embed_dim) and tokens (B, stems, embed_dim).
 
-        ValueError for images of another size than `img_size`, or where sizes are free, than a multiple of `patch_size`.
+        ValueError for images of another size, as `fit` says.
         """
-        height, width = x.shape[-2:]
-        rows, columns = self.patch_size
-        if self.strict_img_size and (height, width) != self.img_size:
-            raise ValueError(f"x: expected images of {self.img_size} pixels, got {(height, width)}")
-        if self.dynamic_img_pad:
-            x = F.pad(x, (0, -width % columns, 0, -height % rows))
-        elif height % rows or width % columns:
-            raise ValueError(f"x: expected sides that are multiples of {self.patch_size}, got {(height, width)}")
+        x = self.fit(x)
         maps = [stem(x) for stem in self.stems]
         tokens = torch.stack([y.mean(dim=(2, 3)) for y in maps], dim=1)
         return sum(maps).permute(0, 2, 3, 1), tokens

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastib.nn.grid import patch_grid
 from fastib.ops import mhca_attention
 
 __all__ = ["MHCA"]
@@ -72,7 +73,8 @@ class MHCA(nn.Module):
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = mhca_attention(
-            self.q_norm(q), self.k_norm(k), v, self.alpha, self.center, self._grid(tokens),
+            self.q_norm(q), self.k_norm(k), v, self.alpha, self.center,
+            patch_grid("MHCA", self.grid_size, tokens, self.num_prefix_tokens),
             num_prefix_tokens=self.num_prefix_tokens, scale=self.scale, backend=self.backend,
             rpe_dropout=self.rpe_drop.p if self.rpe_drop.training else 0.0,
             attn_dropout=self.attn_drop.p if self.attn_drop.training else 0.0,
@@ -81,18 +83,6 @@ class MHCA(nn.Module):
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
-
-    def _grid(self, tokens: int) -> tuple[int, int]:
-        patches, (grid_h, grid_w) = tokens - self.num_prefix_tokens, self.grid_size
-        if patches == grid_h * grid_w:
-            return self.grid_size
-        side = math.isqrt(max(patches, 0))
-        if grid_h == grid_w and side * side == patches:
-            return side, side
-        expected = f"{self.num_prefix_tokens} + {grid_h} x {grid_w} tokens"
-        raise ValueError(
-            f"MHCA: x must have {expected}, got N={tokens}; set grid_size where the patch grid has changed"
-        )
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, grid_size={self.grid_size}, num_prefix_tokens={self.num_prefix_tokens}"

@@ -4,6 +4,7 @@
 
 #include "attention_link.h"
 #include "cls_attention.h"
+#include "generalized_conv.h"
 #include "involution.h"
 #include "mhca_attention.h"
 
@@ -12,6 +13,8 @@
   X(attention_link, (const AttentionLinkParams& params, int64_t begin, int64_t end), (params, begin, end))            \
   X(cls_attention_backward, (const ClsAttentionGradParams& params, int64_t begin, int64_t end), (params, begin, end)) \
   X(cls_attention_forward, (const ClsAttentionParams& params, int64_t begin, int64_t end), (params, begin, end))      \
+  X(generalized_conv_shift, (const GeneralizedConvShiftParams& params, int64_t begin, int64_t end),                   \
+    (params, begin, end))                                                                                             \
   X(involution_forward, (const InvolutionParams& params, int64_t begin, int64_t end), (params, begin, end))           \
   X(involution_backward, (const InvolutionGradParams& params, int64_t begin, int64_t end), (params, begin, end))      \
   X(mhca_attention_forward, (const MhcaAttentionParams& params, int64_t begin, int64_t end), (params, begin, end))    \
@@ -42,8 +45,9 @@ FASTIB_TABLE(isa_v3, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f
                          __builtin_cpu_supports("bmi2"))
 FASTIB_TABLE(isa_v4, isa_v3::supported() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16"))
-static const KernelTable* const kTables[] = {&isa_v2::table, &isa_v3::table, &isa_v4::table};
+                         __builtin_cpu_supports("avx512vl"))
+FASTIB_TABLE(isa_v4_bf16, isa_v4::supported() && __builtin_cpu_supports("avx512bf16"))
+static const KernelTable* const kTables[] = {&isa_v2::table, &isa_v3::table, &isa_v4::table, &isa_v4_bf16::table};
 #else
 FASTIB_TABLE(isa_portable, true)
 static const KernelTable* const kTables[] = {&isa_portable::table};

@@ -293,5 +293,5 @@ def test_bad_images():
         model(torch.zeros(1, 1, 16, 12))
     with pytest.raises(ValueError, match=r"x: expected sides that are multiples of \(4, 4\), got \(12, 10\)"):
         small(**ALIGNED, dynamic_img_size=True)(torch.zeros(1, 1, 12, 10))
-    with pytest.raises(ValueError, match=r"patch_size: expected \(4, 4\), fixed in aligned stems, got \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"patch_size: expected \(4, 4\), fixed in these layers, got \(2, 2\)"):
         model.set_input_size(patch_size=(2, 2))

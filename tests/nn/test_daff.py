@@ -1,0 +1,129 @@
+"""DAFF: the published layers, what the class token takes part in, norms of every kind, grids and errors."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastib.nn import DAFF
+
+
+def shaken(*args, **kwargs) -> DAFF:
+    """In float64, parameters and running statistics away from where they start."""
+    torch.manual_seed(0)
+    module = DAFF(*args, **kwargs).double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(std=0.5)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+    return module
+
+
+def tokens(batch: int, count: int, dim: int) -> torch.Tensor:
+    x = torch.randn(batch, count, dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return x.requires_grad_()
+
+
+def published(module: DAFF, x: torch.Tensor, grid: tuple[int, int], training: bool) -> torch.Tensor:
+    """Layer by layer on NCHW maps, BatchNorm written out."""
+
+    def norm(layer, y):
+        mean, var = layer.running_mean, layer.running_var
+        if training:
+            mean, var = y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)
+        y = (y - mean[:, None, None]) / (var[:, None, None] + layer.eps).sqrt()
+        return y * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+    batch, _, dim = x.shape
+    y = x[:, 1:].transpose(1, 2).reshape(batch, dim, *grid)
+    s = F.gelu(norm(module.norm1, F.conv2d(y, module.conv1.weight, module.conv1.bias)))
+    hidden = s.shape[1]
+    t = F.conv2d(s, module.conv2.weight, module.conv2.bias, padding=1, groups=hidden)
+    y = F.conv2d(F.gelu(norm(module.norm2, t)) + s, module.conv3.weight, module.conv3.bias)
+    y = norm(module.norm3, y)
+    mean = y.mean((2, 3))
+    weight = F.gelu(mean @ module.reduce.weight.T + module.reduce.bias) @ module.expand.weight.T + module.expand.bias
+    return torch.cat([(x[:, 0] * weight)[:, None], y.flatten(2).transpose(1, 2)], 1)
+
+
+@pytest.mark.parametrize(("dim", "count"), [(192, 325_680), (384, 1_278_048)])
+def test_parameter_counts(dim, count):
+    assert sum(p.numel() for p in DAFF(dim).parameters()) == count
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("dim", "hidden", "grid"), [(8, 20, (3, 5)), (12, None, (4, 4)), (4, 17, (1, 6)), (4, 3, (1, 1))]
+)
+def test_equals_the_published_layers(dim, hidden, grid, training):
+    """Value, all gradients and the running statistics, in float64."""
+    module = shaken(dim, hidden, grid).train(training)
+    x = tokens(3, 1 + grid[0] * grid[1], dim)
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    expected = published(module, x, grid, training)
+    out = module(x)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
+    leaves = [x, *module.parameters()]
+    gradients = torch.autograd.grad((out * weight).sum(), leaves)
+    exact = torch.autograd.grad((expected * weight).sum(), leaves)
+    torch.testing.assert_close(gradients, exact, rtol=1e-7, atol=1e-9)
+    for name, buffer in module.named_buffers():
+        if not training:
+            assert torch.equal(buffer, before[name])
+    if training:
+        y = x[:, 1:].transpose(1, 2).reshape(3, dim, *grid)
+        y = F.conv2d(y, module.conv1.weight, module.conv1.bias)
+        mean = 0.9 * before["norm1.running_mean"] + 0.1 * y.mean((0, 2, 3))
+        var = 0.9 * before["norm1.running_var"] + 0.1 * y.var((0, 2, 3))
+        torch.testing.assert_close(module.norm1.running_mean, mean, rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(module.norm1.running_var, var, rtol=1e-10, atol=1e-11)
+        assert module.norm1.num_batches_tracked == module.norm2.num_batches_tracked == 1
+
+
+def test_the_class_token_is_only_weighed():
+    """Its output is its input times a weight of the patches alone; patches do not see it."""
+    module, x = shaken(8, 20, (3, 5)).eval(), tokens(2, 16, 8).detach()
+    moved = x.clone()
+    moved[:, 0] += torch.randn(2, 8, dtype=torch.float64)
+    out, other = module(x), module(moved)
+    assert torch.equal(out[:, 1:], other[:, 1:])
+    torch.testing.assert_close(out[:, 0] / x[:, 0], other[:, 0] / moved[:, 0], rtol=1e-9, atol=1e-9)
+    assert (out[:, 0] / x[:, 0]).min() < 0  # no sigmoid
+
+
+def test_synchronised_norms():
+    """PyTorch's converter finds all three; in evaluation the numbers stay."""
+    module, x = shaken(8, 20, (3, 5)).eval(), tokens(2, 16, 8)
+    expected = module(x)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    assert [type(n) for n in (converted.norm1, converted.norm2, converted.norm3)] == 3 * [nn.SyncBatchNorm]
+    torch.testing.assert_close(converted(x), expected, rtol=1e-10, atol=1e-11)
+
+
+def test_other_grids():
+    module = shaken(8, 20, (4, 4)).eval()
+    x = tokens(2, 10, 8)
+    other = shaken(8, 20, (3, 3)).eval()
+    assert torch.equal(module(x), other(x))
+    module.grid_size = (3, 5)
+    with pytest.raises(ValueError, match=r"DAFF: x must have 1 \+ 3 x 5 tokens, got N=10; set grid_size"):
+        module(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": 0}, "dim must be 1 or more, got 0"),
+        ({"dim": 8, "hidden_dim": 0}, "hidden_dim must be 1 or more, got 0"),
+        ({"dim": 2}, "dim // reduction must be 1 or more, got 0"),
+        ({"dim": 8, "reduction": 0}, "dim // reduction must be 1 or more, got 0"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=f"DAFF: {message}"):
+        DAFF(**options)
