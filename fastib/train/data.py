@@ -103,7 +103,7 @@ class Images(Dataset):
 
 
 class PaddedCrop:
-    """Crops a square of an image's shorter side out of the image padded by so many pixels, then resizes it to `size`."""
+    """Crops a square of an image's shorter side out of the image padded by so many pixels, and resizes it to `size`."""
 
     def __init__(self, padding: int, size: int, interpolation: str):
         self.padding, self.size, self.mode = padding, size, str_to_interp_mode(interpolation)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import spy_gradients
+from conftest import frozen, spy_gradients
 from safetensors.torch import save_file
 
 from fastib.train import checkpoint
@@ -58,17 +58,10 @@ def gradients(config: str, target: str) -> None:
         save_file(save, target)
 
 
-def freeze_norms(trainer: Trainer) -> None:
-    """BatchNorm keeps its running statistics, and sees no batch: processes with half of it each compute the same."""
-    for module in trainer.method.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.eval().train = lambda mode=True, module=module: module
-
-
 def frozen_norms(config: str, target: str) -> None:
-    """`gradients` with `freeze_norms`."""
+    """`gradients` with `frozen` norms."""
     trainer = Trainer(read_config(config))
-    freeze_norms(trainer)
+    frozen(trainer)
     save = spy_gradients(trainer)
     trainer.fit()
     if trainer.rank == 0:

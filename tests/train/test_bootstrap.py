@@ -5,7 +5,6 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from scenarios import freeze_norms
 
 from fastib.train.build import load_student
 from fastib.train.config import save_config
@@ -51,9 +50,8 @@ def test_shared_tensors_are_stored_once(bootstrap, tmp_path):
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
 @pytest.mark.parametrize("align", ["tensor", "all"])
-def test_two_processes_align_the_gradients_of_both(bootstrap, tmp_path, scenario, first_gradients, align):
-    """Reduced before they are aligned: the steps are those of one process with the whole batch, as far as BatchNorm,
-    which sees half a batch in each process, allows; so the norms are frozen to their running statistics here."""
+def test_two_processes_align_the_gradients_of_both(bootstrap, tmp_path, scenario, first_gradients, freeze_norms, align):
+    """Reduced before they are aligned: the step is that of one process with the whole batch, norms aside."""
     settings = ("epochs=1", "steps=1", "grad_accum=2", f"method.align={align}", "method.shared=true",
                 "data.eval_batch_size=100", "optim.opt=sgd", "optim.lr=0.1")  # fmt: skip
     save_config(bootstrap(*settings, output="two"), tmp_path / "two.yaml")
