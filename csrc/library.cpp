@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastib, m) {
+  m.def("generalized_conv_shift(Tensor x, int num_heads, bool inverse) -> Tensor");
   m.def("involution(Tensor x, Tensor weight, int stride, int dilation) -> Tensor");
   m.def(
       "involution_backward(Tensor grad_out, Tensor x, Tensor weight, int stride, int dilation) -> (Tensor grad_x, "
