@@ -6,6 +6,7 @@
 #include "cls_attention.h"
 #include "feature_alignment.h"
 #include "generalized_conv.h"
+#include "head_token_attention.h"
 #include "involution.h"
 #include "mhca_attention.h"
 
@@ -19,6 +20,10 @@
   X(feature_alignment_backward, (const FeatureAlignmentGradParams& params, int64_t begin, int64_t end),               \
     (params, begin, end))                                                                                             \
   X(generalized_conv_shift, (const GeneralizedConvShiftParams& params, int64_t begin, int64_t end),                   \
+    (params, begin, end))                                                                                             \
+  X(head_token_attention_backward, (const HeadTokenAttentionGradParams& params, int64_t begin, int64_t end),          \
+    (params, begin, end))                                                                                             \
+  X(head_token_attention_forward, (const HeadTokenAttentionParams& params, int64_t begin, int64_t end),               \
     (params, begin, end))                                                                                             \
   X(involution_forward, (const InvolutionParams& params, int64_t begin, int64_t end), (params, begin, end))           \
   X(involution_backward, (const InvolutionGradParams& params, int64_t begin, int64_t end), (params, begin, end))      \
