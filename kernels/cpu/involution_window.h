@@ -38,7 +38,6 @@ struct Stage {
   int64_t side() const { return N ? N : K; }
   int64_t pixel() const { return kTapsDense ? divide_up(side() * side(), 16) * 16 : 1; }
   int64_t tap() const { return kTapsDense ? 1 : kSlots; }
-  int64_t size() const { return kTapsDense ? kPixels * pixel() : side() * side() * kSlots; }
 
   // Pixels [j, j + n) of at most `pixels`; those that are missing get zeros.
   template <typename E>

@@ -23,6 +23,12 @@ inline Vec<Compute<E>> load_part(const E* p, int64_t n) {
     const __m256i part = _mm256_maskz_loadu_epi16(first_lanes(n), p);
     return load_row(reinterpret_cast<const E*>(&part));
   }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(E) == 4) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return (Vec<E>)_mm256_maskload_ps((const float*)p,
+                                      _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lanes));
+  }
 #endif
   E part[W] = {};
   for (int64_t l = 0; l < n; ++l) part[l] = p[l];
