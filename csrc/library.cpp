@@ -3,6 +3,10 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastib, m) {
+  m.def(
+      "feature_alignment(Tensor student, Tensor teacher, bool center, float eps, bool gradient) -> (Tensor loss, "
+      "Tensor direction, Tensor factor)");
+  m.def("feature_alignment_backward(Tensor grad, Tensor direction, Tensor factor, int tokens) -> Tensor");
   m.def("generalized_conv_shift(Tensor x, int num_heads, bool inverse) -> Tensor");
   m.def("involution(Tensor x, Tensor weight, int stride, int dilation) -> Tensor");
   m.def(
@@ -20,6 +24,13 @@ STABLE_TORCH_LIBRARY(fastib, m) {
   m.def(
       "cls_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor probs, float scale) -> "
       "(Tensor grad_q, Tensor grad_k)");
+  m.def(
+      "head_token_attention(Tensor q, Tensor k, Tensor v, Tensor q_extra, Tensor k_extra, Tensor v_extra, "
+      "Tensor? seed, float scale, float attn_dropout) -> (Tensor out, Tensor parts, Tensor stats)");
+  m.def(
+      "head_token_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor q_extra, Tensor k_extra, "
+      "Tensor v_extra, Tensor out, Tensor parts, Tensor stats, Tensor? seed, float scale, float attn_dropout) -> "
+      "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_q_extra, Tensor grad_k_extra, Tensor grad_v_extra)");
   m.def(
       "mhca_attention(Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor center, Tensor? seed, int grid_h, int grid_w, "
       "int num_prefix_tokens, float scale, float rpe_dropout, float attn_dropout) -> (Tensor out, Tensor stats)");

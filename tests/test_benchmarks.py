@@ -292,7 +292,7 @@ def test_compiled_peers_are_left_out_first(monkeypatch):
     assert house.House(house.Options()).hurried(slow) is slow
 
 
-@pytest.mark.parametrize("op", ["mhca_attention", "involution", "generalized_conv"])
+@pytest.mark.parametrize("op", ["mhca_attention", "head_token_attention", "involution", "generalized_conv"])
 def test_every_case_names_its_peers_and_goals_once(op):
     bench = module(f"bench_{op}")
     for device in ("cpu", "cuda"):
@@ -306,7 +306,7 @@ def test_every_case_names_its_peers_and_goals_once(op):
             assert {goal.case for goal in job.goals} <= {"", *(other.key for other in jobs)}
 
 
-@pytest.mark.parametrize("op", ["mhca_attention", "involution", "generalized_conv"])
+@pytest.mark.parametrize("op", ["mhca_attention", "head_token_attention", "involution", "generalized_conv"])
 def test_the_memory_checkers_small_case_passes_its_gate(op):
     job = module(f"bench_{op}").small_job("cpu")
     _, seen = harness.admit(job.peers[:1], job.reference(), job.allowed)

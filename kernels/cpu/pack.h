@@ -41,6 +41,21 @@ struct Rows {
   Rows from(int64_t i) const { return {row(i), stride}; }
 };
 
+// The first n rows of `first`, then those of `rest`.
+template <typename E>
+struct JoinedRows {
+  Rows<E> first;
+  int64_t n;
+  Rows<E> rest;
+  E* row(int64_t i) const { return i < n ? first.row(i) : rest.row(i - n); }
+  JoinedRows from(int64_t i) const { return {first.from(i), n - i, rest}; }
+};
+
+template <typename E>
+JoinedRows<E> only(Rows<E> rows) {
+  return {rows, 0, rows};
+}
+
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // One vector of stored elements in the compute type, and back.
@@ -173,8 +188,8 @@ inline __attribute__((always_inline)) Vec<T> sum_each(Vec<T> (&x)[kLanes<T>]) {
 }
 
 // from (n, D) -> dst (n, padded), zero beyond D.
-template <typename E, typename T>
-inline void pack_rows(T* dst, int64_t padded, Rows<const E> from, int64_t n, int64_t D) {
+template <template <typename> class R, typename E, typename T>
+inline void pack_rows(T* dst, int64_t padded, R<const E> from, int64_t n, int64_t D) {
   constexpr int W = kLanes<T>;
   for (int64_t i = 0; i < n; ++i, dst += padded) {
     const E* src = from.row(i);
@@ -185,8 +200,8 @@ inline void pack_rows(T* dst, int64_t padded, Rows<const E> from, int64_t n, int
 }
 
 // from (n, D) -> dst (n / lanes, D, lanes): each vector holds one column of `lanes` rows, zero beyond n.
-template <typename E, typename T>
-inline void pack_columns(T* dst, Rows<const E> from, int64_t n, int64_t D) {
+template <template <typename> class R, typename E, typename T>
+inline void pack_columns(T* dst, R<const E> from, int64_t n, int64_t D) {
   constexpr int W = kLanes<T>;
   for (int64_t j = 0; j < n; j += W, dst += W * D) {
     int64_t d = 0;
@@ -203,8 +218,8 @@ inline void pack_columns(T* dst, Rows<const E> from, int64_t n, int64_t D) {
 }
 
 // to (n, D) = src (n, padded) * factor.
-template <typename E, typename T>
-inline void unpack_rows(Rows<E> to, const T* src, int64_t padded, int64_t n, int64_t D, T factor) {
+template <template <typename> class R, typename E, typename T>
+inline void unpack_rows(R<E> to, const T* src, int64_t padded, int64_t n, int64_t D, T factor) {
   constexpr int W = kLanes<T>;
   for (int64_t i = 0; i < n; ++i, src += padded) {
     E* dst = to.row(i);
