@@ -20,6 +20,14 @@ STABLE_TORCH_LIBRARY(fastib, m) {
       "cls_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor probs, float scale) -> "
       "(Tensor grad_q, Tensor grad_k)");
   m.def(
+      "depthwise_block(Tensor x, Tensor gamma1, Tensor beta1, Tensor weight, Tensor bias, Tensor gamma2, Tensor beta2, "
+      "Tensor? statistics, int grid_h, int grid_w, float eps1, float eps2) -> (Tensor out, Tensor used)");
+  m.def(
+      "depthwise_block_backward(Tensor grad_out, Tensor x, Tensor gamma1, Tensor beta1, Tensor weight, Tensor bias, "
+      "Tensor gamma2, Tensor beta2, Tensor used, bool training, int grid_h, int grid_w, float eps1, float eps2) -> "
+      "(Tensor grad_x, Tensor grad_gamma1, Tensor grad_beta1, Tensor grad_weight, Tensor grad_bias, "
+      "Tensor grad_gamma2, Tensor grad_beta2)");
+  m.def(
       "mhca_attention(Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor center, Tensor? seed, int grid_h, int grid_w, "
       "int num_prefix_tokens, float scale, float rpe_dropout, float attn_dropout) -> (Tensor out, Tensor stats)");
   m.def(

@@ -3,6 +3,7 @@
 from fastib.ops._backend import backends
 from fastib.ops.attention_link import attention_link_loss, augment_attention
 from fastib.ops.cls_attention import cls_attention_maps
+from fastib.ops.depthwise_block import depthwise_block
 from fastib.ops.head_token_attention import head_token_attention
 from fastib.ops.involution import involution
 from fastib.ops.mhca_attention import mhca_attention
@@ -12,6 +13,7 @@ __all__ = [
     "augment_attention",
     "backends",
     "cls_attention_maps",
+    "depthwise_block",
     "head_token_attention",
     "involution",
     "mhca_attention",

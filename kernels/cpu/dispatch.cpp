@@ -4,17 +4,22 @@
 
 #include "attention_link.h"
 #include "cls_attention.h"
+#include "depthwise_block.h"
 #include "involution.h"
 #include "mhca_attention.h"
 
 // Every kernel with a copy per instruction set: X(name, parameters, arguments).
-#define FASTIB_KERNELS(X)                                                                                             \
-  X(attention_link, (const AttentionLinkParams& params, int64_t begin, int64_t end), (params, begin, end))            \
-  X(cls_attention_backward, (const ClsAttentionGradParams& params, int64_t begin, int64_t end), (params, begin, end)) \
-  X(cls_attention_forward, (const ClsAttentionParams& params, int64_t begin, int64_t end), (params, begin, end))      \
-  X(involution_forward, (const InvolutionParams& params, int64_t begin, int64_t end), (params, begin, end))           \
-  X(involution_backward, (const InvolutionGradParams& params, int64_t begin, int64_t end), (params, begin, end))      \
-  X(mhca_attention_forward, (const MhcaAttentionParams& params, int64_t begin, int64_t end), (params, begin, end))    \
+#define FASTIB_KERNELS(X)                                                                                              \
+  X(attention_link, (const AttentionLinkParams& params, int64_t begin, int64_t end), (params, begin, end))             \
+  X(cls_attention_backward, (const ClsAttentionGradParams& params, int64_t begin, int64_t end), (params, begin, end))  \
+  X(cls_attention_forward, (const ClsAttentionParams& params, int64_t begin, int64_t end), (params, begin, end))       \
+  X(depthwise_block_backward, (const DepthwiseBlockGradParams& params, BackwardPass pass, int64_t begin, int64_t end), \
+    (params, pass, begin, end))                                                                                        \
+  X(depthwise_block_forward, (const DepthwiseBlockParams& params, ForwardPass pass, int64_t begin, int64_t end),       \
+    (params, pass, begin, end))                                                                                        \
+  X(involution_forward, (const InvolutionParams& params, int64_t begin, int64_t end), (params, begin, end))            \
+  X(involution_backward, (const InvolutionGradParams& params, int64_t begin, int64_t end), (params, begin, end))       \
+  X(mhca_attention_forward, (const MhcaAttentionParams& params, int64_t begin, int64_t end), (params, begin, end))     \
   X(mhca_attention_backward, (const MhcaAttentionGradParams& params, int64_t begin, int64_t end), (params, begin, end))
 
 namespace fastib {
