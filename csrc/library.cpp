@@ -3,6 +3,11 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastib, m) {
+  m.def(
+      "feature_alignment(Tensor student, Tensor teacher, bool center, float eps, bool gradient) -> (Tensor loss, "
+      "Tensor direction, Tensor factor)");
+  m.def("feature_alignment_backward(Tensor grad, Tensor direction, Tensor factor, int tokens) -> Tensor");
+  m.def("generalized_conv_shift(Tensor x, int num_heads, bool inverse) -> Tensor");
   m.def("involution(Tensor x, Tensor weight, int stride, int dilation) -> Tensor");
   m.def(
       "involution_backward(Tensor grad_out, Tensor x, Tensor weight, int stride, int dilation) -> (Tensor grad_x, "
@@ -27,6 +32,13 @@ STABLE_TORCH_LIBRARY(fastib, m) {
       "Tensor gamma2, Tensor beta2, Tensor used, bool training, int grid_h, int grid_w, float eps1, float eps2) -> "
       "(Tensor grad_x, Tensor grad_gamma1, Tensor grad_beta1, Tensor grad_weight, Tensor grad_bias, "
       "Tensor grad_gamma2, Tensor grad_beta2)");
+  m.def(
+      "head_token_attention(Tensor q, Tensor k, Tensor v, Tensor q_extra, Tensor k_extra, Tensor v_extra, "
+      "Tensor? seed, float scale, float attn_dropout) -> (Tensor out, Tensor parts, Tensor stats)");
+  m.def(
+      "head_token_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor q_extra, Tensor k_extra, "
+      "Tensor v_extra, Tensor out, Tensor parts, Tensor stats, Tensor? seed, float scale, float attn_dropout) -> "
+      "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_q_extra, Tensor grad_k_extra, Tensor grad_v_extra)");
   m.def(
       "mhca_attention(Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor center, Tensor? seed, int grid_h, int grid_w, "
       "int num_prefix_tokens, float scale, float rpe_dropout, float attn_dropout) -> (Tensor out, Tensor stats)");

@@ -1,14 +1,34 @@
-"""Attention with extra tokens (DHVT, Sec. 3.3): the public function."""
+"""Attention with extra tokens (DHVT, Sec. 3.3): the public function, its autograd and its registration."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from fastib.ops import _backend
-from fastib.ops._backend import autocast, check_device, check_finite, check_probability, invalid, seed_tensor
+from fastib.ops._backend import (
+    Op,
+    below_autograd,
+    check_device,
+    check_finite,
+    check_probability,
+    invalid,
+    seed_tensor,
+)
 from fastib.reference.head_token_attention import head_token_attention_ref
 
 _NAME = "head_token_attention"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor q_extra, Tensor k_extra, Tensor v_extra"
+SCHEMAS = {
+    _NAME: (f"({_INPUTS}, Tensor? seed, float scale, float attn_dropout) -> (Tensor out, Tensor parts, Tensor stats)"),
+    f"{_NAME}_backward": (
+        f"(Tensor grad_out, {_INPUTS}, Tensor out, Tensor parts, Tensor stats, Tensor? seed, float scale,"
+        " float attn_dropout) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_q_extra,"
+        " Tensor grad_k_extra, Tensor grad_v_extra)"
+    ),
+}
 
 
 def head_token_attention(
@@ -35,25 +55,31 @@ def head_token_attention(
     scale: factor of the dot products; D^-1/2 where None.
     attn_dropout: probability to drop an element of the (B, H, N + T, N + T) attention matrix.
     seed: of the mask; an int or a one-element int64 tensor on q's device. Drawn from torch's generator where None.
-    backend: None chooses; "reference" insists.
+    backend: None chooses; "reference", "cpu" or "triton" insist.
 
-    Returns (B, H, N, D) in q's dtype. Raises ValueError for shapes, dtypes and numbers that do not fit, RuntimeError
-    for devices that differ and a backend that is not available; both name the argument.
+    Returns (B, H, N, D) in q's dtype, stored as a dense (B, N, H, D): `out.transpose(1, 2).flatten(2)` is a view.
+    Differentiable once, in all six; "reference" any number of times. Raises ValueError for shapes, dtypes and numbers
+    that do not fit, RuntimeError for devices that differ and a backend that is not available; both name the argument.
     """
-    q, k, v, q_extra, k_extra, v_extra = autocast(q, k, v, q_extra, k_extra, v_extra)
+    q, k, v, q_extra, k_extra, v_extra = inputs = _backend.autocast(q, k, v, q_extra, k_extra, v_extra)
     _check_tensors(q, k, v, q_extra, k_extra, v_extra)
     check_probability(_NAME, "attn_dropout", attn_dropout)
-    if scale is not None:
+    if scale is None:
+        scale = max(q.shape[3], 1) ** -0.5
+    else:
         check_finite(_NAME, "scale", scale)
     if seed is not None or attn_dropout > 0:
         seed = seed_tensor(_NAME, seed, q.device)
-    if backend not in (None, "reference"):
-        if backend not in _backend.BACKENDS:
-            raise ValueError(f"{_NAME}: backend must be None or one of {_backend.BACKENDS}, got {backend!r}")
-        raise RuntimeError(f"{_NAME}: backend={backend!r} is not available: it has no kernels yet. Pass backend=None.")
-    return head_token_attention_ref(
-        q, k, v, q_extra, k_extra, v_extra, scale=scale, attn_dropout=attn_dropout, seed=seed
-    )
+
+    if _OP.choose(backend, q) == "reference":
+        return head_token_attention_ref(*inputs, scale=scale, attn_dropout=attn_dropout, seed=seed)
+    args = (*inputs, seed, scale, attn_dropout)
+    if torch.compiler.is_compiling():
+        return _forward(*args)[0]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return _HeadTokenAttention.apply(*args)
+    with below_autograd():
+        return _forward(*args)[0]
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, q_extra: Tensor, k_extra: Tensor, v_extra: Tensor) -> None:
@@ -75,3 +101,74 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, q_extra: Tensor, k_extra: Te
         if tensor.dtype != q.dtype:
             raise invalid(_NAME, name, f"{q.dtype} like q", tensor.dtype)
         check_device(_NAME, name, tensor, q.device)
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, q_extra: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, tokens, head_dim = q.shape
+    extra = q_extra.shape[2]
+    parts = q.new_empty((batch, heads, extra + 1 if extra else 0, head_dim))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return _empty_like(q), parts, q.new_empty((batch, heads, 2, tokens + extra), dtype=wide)
+
+
+def _backward_fake(grad_out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(_empty_like(t) for t in inputs[:6])
+
+
+def _empty_like(t: Tensor) -> Tensor:
+    batch, heads, tokens, head_dim = t.shape
+    return t.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
+
+
+_forward = _backend.register(_NAME, SCHEMAS[_NAME], _forward_fake, "head_token_attention.head_token_attention_fwd")
+_backward = _backend.register(
+    f"{_NAME}_backward",
+    SCHEMAS[f"{_NAME}_backward"],
+    _backward_fake,
+    "head_token_attention.head_token_attention_bwd",
+)
+_OP = Op(_NAME, gpu="triton")
+
+
+class _HeadTokenAttention(torch.autograd.Function):
+    """The eager path; the dispatcher's own autograd serves compile and export."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        with below_autograd():
+            outputs = _forward(*args)
+        _save(ctx, args, outputs)
+        return outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _gradients(ctx, grad_out)
+        with below_autograd():
+            return _gradients(ctx, grad_out)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    *tensors, seed, scale, attn_dropout = inputs
+    ctx.save_for_backward(*tensors, *outputs, seed)
+    ctx.options = scale, attn_dropout
+    ctx.set_materialize_grads(False)
+
+
+def _save_registered(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradients(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 9
+    return (*_backward(grad_out, *ctx.saved_tensors, *ctx.options), None, None, None)
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(f"{_NAME}: the kernels have no second derivative; pass backend='reference'")
+
+
+torch.library.register_autograd(f"fastib::{_NAME}", _gradients, setup_context=_save_registered, lib=_backend.LIBRARY)
+torch.library.register_autograd(f"fastib::{_NAME}_backward", _no_second_derivative, lib=_backend.LIBRARY)

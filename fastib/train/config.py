@@ -32,7 +32,7 @@ class AugmentConfig:
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (0.75, 1.3333333333333333)
-    crop_padding: int | None = None  # crop img_size pixels of the image padded by so many, in place of scale and ratio
+    crop_padding: int | None = None  # for scale and ratio: crop the image's size of the padded image
     hflip: float = 0.5
     vflip: float = 0.0
     color_jitter: float = 0.4

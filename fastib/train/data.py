@@ -13,8 +13,10 @@ from sklearn.model_selection import train_test_split
 from timm.data import create_dataset, create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.transforms import str_to_interp_mode
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import RandomCrop
+from torchvision.transforms.functional import resize
 
 from fastib.train import cifar, digits
 from fastib.train.config import DataConfig
@@ -98,6 +100,17 @@ class Images(Dataset):
         except (OSError, SyntaxError, ValueError) as error:
             name = reader.filename(index, absolute=True) if reader is not None else f"number {index}"
             raise DataError(f"cannot read the image {name}: {error}") from error
+
+
+class PaddedCrop:
+    """Crops a square of an image's shorter side out of the image padded by so many pixels, and resizes it to `size`."""
+
+    def __init__(self, padding: int, size: int, interpolation: str):
+        self.padding, self.size, self.mode = padding, size, str_to_interp_mode(interpolation)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        crop = RandomCrop(min(image.size), padding=self.padding)(image)
+        return crop if crop.size == (self.size, self.size) else resize(crop, [self.size, self.size], self.mode)
 
 
 def build_data(config: DataConfig, seed: int = 0, rank: int = 0) -> Data:
@@ -246,5 +259,5 @@ def _transform(config: DataConfig, training: bool):
         re_prob=a.reprob, re_mode=a.remode, re_count=a.recount,
     )  # fmt: skip
     if a.crop_padding is not None:
-        transform.transforms[0] = RandomCrop(config.img_size, padding=a.crop_padding)
+        transform.transforms[0] = PaddedCrop(a.crop_padding, config.img_size, a.interpolation)
     return transform

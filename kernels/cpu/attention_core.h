@@ -1,21 +1,22 @@
-// Attention of one (batch, head) pair in scratch memory, forward and backward, with an additive term on the scores.
+// Attention of one (batch, head) pair in scratch memory, forward and backward: with a term added to its scores, and
+// with extra tokens whose outputs end in one row.
 //
 // Queries go in blocks of kQueryBlock rows, keys in blocks of at most kKeyBlock; the scores of a block stay in cache
-// and nothing of size N x N exists. `Term` supplies the additive term in units of log 2 and collects its gradient:
-//   TermRow<T> term(i, j0, n, room);  void add_gradient(i, j0, n, ds);
+// and nothing of size N x N exists.
+//
+// Extra tokens come first among the queries and last among the keys and in the dropout mask: when the row that takes
+// their mean is finished, so are they.
 //
 // For the backward, `stats` (2, N) keeps each row's largest score and the log of the sum of its exponentials from
-// there, in units of log 2: their sum alone would round large scores more than the softmax did.
+// there, in units of log 2, in the order of the queries: their sum alone would round large scores more than the softmax
+// did.
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
-#include <limits>
 
 #include "../common/philox.h"
 #include "dropout_row.h"
 #include "operand.h"
-#include "relative_position.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 
@@ -24,298 +25,108 @@ inline constexpr int64_t kKeyBlock = 320;
 inline constexpr double kLog2e = 1.4426950408889634;
 
 struct AttentionSizes {
-  int64_t N, D;
+  int64_t N, extra, D;  // tokens in all, extra ones among them
   double scale;
   double dropout;  // on the probabilities
   uint64_t seed;
 };
 
-// One pair's tensors, each (N, D).
-template <typename E>
-struct AttentionInputs {
-  Rows<const E> q, k, v;
+// One query's term against consecutive keys: a + b, kept where `keep` (null: everywhere) says so. Without b it is a,
+// the same for all queries.
+template <typename T>
+struct TermRow {
+  const T* a;
+  const T* b;
+  const int8_t* keep;
 };
 
+// What is added to the scores, in units of log 2: -infinity from key N on.
+template <typename T>
+class ScoreTerm {
+ public:
+  // The row of query i against keys [j0, j0 + n), a whole number of vectors. It holds until the next call, and may
+  // stand in `room` (n).
+  virtual TermRow<T> row(int64_t i, int64_t j0, int64_t n, T* room) const = 0;
+  // Takes the gradient ds (n) of that row's scores.
+  virtual void add_gradient(int64_t i, int64_t j0, int64_t n, const T* ds) = 0;
+
+ protected:
+  ~ScoreTerm() = default;
+};
+
+// (N, D) of pair (b, h) of a (B, H, N, D) tensor.
+template <typename E>
+Rows<const E> pair_rows(const void* base, const int64_t (&stride)[3], int64_t b, int64_t h) {
+  return {static_cast<const E*>(base) + b * stride[0] + h * stride[1], stride[2]};
+}
+
+template <typename E>
+Rows<E> pair_rows(void* base, const int64_t (&stride)[3], int64_t b, int64_t h) {
+  return {static_cast<E*>(base) + b * stride[0] + h * stride[1], stride[2]};
+}
+
+// One pair's tensors, each (N, D). q in the order of the queries, k and v in that of the keys.
+template <typename E>
+struct AttentionInputs {
+  JoinedRows<const E> q, k, v;
+};
+
+// Outputs of their own, in the order of the queries; and where the sum of one row and the mean of the extra ones goes,
+// if there are any.
+template <typename E>
+struct AttentionOutputs {
+  JoinedRows<E> rows;
+  E* sum;
+};
+
+// The gradient to the outputs; row i of the extra ones has that to the sum.
 template <typename E>
 struct AttentionGradInputs {
   AttentionInputs<E> forward;
-  Rows<const E> out, grad_out;
+  JoinedRows<const E> out, grad_out;
 };
 
 template <typename E>
 struct AttentionGrads {
-  Rows<E> q, k, v;
+  JoinedRows<E> q, k, v;
 };
 
-// U: the element of the packed operands, see operand.h.
+// U: the element of the packed operands, see operand.h. E: the stored one.
 template <typename U>
 class AttentionCore {
   using T = Sum<U>;
   static constexpr bool kPaired = kSteps<U> == 2;
 
  public:
-  static int64_t scratch_bytes(const AttentionSizes& s, bool backward) {
-    const int64_t keys = round_to_lanes<T>(s.N), width = round_to_lanes<T>(s.D);
-    const int64_t rows = Scratch::padded_bytes<T>(s.N * width), columns = Scratch::padded_bytes<T>(keys * s.D);
-    const int64_t block = Scratch::padded_bytes<T>(kQueryBlock * row_stride(keys));
-    const int64_t query_block = Scratch::padded_bytes<T>(kQueryBlock * width);
-    const int64_t mask = Scratch::padded_bytes<int8_t>(dropout_row_bytes(kKeyBlock + kLanes<T>));
-    return (backward ? 3 * rows + 2 * columns + (2 + kPaired) * block + (1 + 2 * kPaired) * query_block
-                     : rows + columns + block) +
-           2 * query_block + 3 * Scratch::padded_bytes<T>(kQueryBlock) + mask;
-  }
-
-  void init(const AttentionSizes& sizes, bool backward, Scratch& scratch) {
-    s_ = sizes;
-    keys_ = round_to_lanes<T>(s_.N);
-    width_ = round_to_lanes<T>(s_.D);
-    depth_ = summed<U>(s_.D);
-    left_width_ = round_to_lanes<T>(depth_);
-    block_ = key_block(keys_);
-    row_stride_ = row_stride(keys_);
-    q_ = scratch.take<U>(kQueryBlock * left_width_);
-    k_columns_ = scratch.take<U>(keys_ * depth_);
-    scores_ = scratch.take<T>(kQueryBlock * row_stride_);
-    out_ = scratch.take<T>(kQueryBlock * width_);
-    row_max_ = scratch.take<T>(kQueryBlock);
-    row_sum_ = scratch.take<T>(kQueryBlock);
-    delta_ = scratch.take<T>(kQueryBlock);
-    mask_ = scratch.take<int8_t>(dropout_row_bytes(kKeyBlock + kLanes<T>));
-    if (backward) {
-      k_ = scratch.take<U>(summed<U>(s_.N) * width_);
-      v_columns_ = scratch.take<U>(keys_ * depth_);
-      grad_out_ = scratch.take<U>(kQueryBlock * left_width_);
-      q_right_ = kPaired ? scratch.take<U>(kQueryBlock * width_) : q_;
-      grad_out_right_ = kPaired ? scratch.take<U>(kQueryBlock * width_) : grad_out_;
-      grad_k_ = scratch.take<T>(s_.N * width_);
-      grad_v_ = scratch.take<T>(s_.N * width_);
-      grad_scores_ = scratch.take<T>(kQueryBlock * row_stride_);
-      grad_scores_left_ = kPaired ? scratch.take<U>(kQueryBlock * row_stride_) : reinterpret_cast<U*>(grad_scores_);
-    } else {
-      v_ = scratch.take<U>(summed<U>(s_.N) * width_);
-    }
-    score_unit_ = static_cast<T>(s_.scale * kLog2e);
-    threshold_ = dropout_threshold(s_.dropout);
-    kept_scale_ = s_.dropout > 0 ? static_cast<T>(dropout_scale(s_.dropout)) : T(1);
-  }
-
-  template <typename E, typename Term>
-  void forward(const AttentionInputs<E>& x, Rows<E> out, T* stats, uint64_t first_element, Term& term) {
-    pack_columns(k_columns_, x.k, s_.N, s_.D);
-    pack_right(v_, width_, x.v, s_.N, s_.D);
-    for (int64_t i0 = 0; i0 < s_.N; i0 += kQueryBlock) {
-      const int64_t rows = smaller(kQueryBlock, s_.N - i0);
-      pack_left(q_, left_width_, x.q.from(i0), rows, s_.D);
-      for (int64_t r = 0; r < rows; ++r) {
-        row_max_[r] = std::numeric_limits<T>::lowest();  // finite: a block may hold -infinity alone
-        row_sum_[r] = 0;
-      }
-      for (int64_t j0 = 0; j0 < keys_; j0 += block_) {
-        const int64_t n = smaller(block_, keys_ - j0);
-        score_block(i0, rows, j0, n, term, [](T* p, int64_t, Vec<T> x) { store(p, x); });
-        softmax_block(rows, n, j0 > 0);
-        if (s_.dropout > 0)
-          for (int64_t r = 0; r < rows; ++r) drop(scores_ + r * row_stride_, n, first_element + (i0 + r) * s_.N + j0);
-        weighted_rows(out_, reinterpret_cast<const U*>(scores_), v_, rows, j0, n, j0 > 0);
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        unpack_rows(out.from(i0 + r), out_ + r * width_, width_, 1, s_.D, kept_scale_ / row_sum_[r]);
-        stats[i0 + r] = row_max_[r];
-        stats[s_.N + i0 + r] = std::log2(row_sum_[r]);
-      }
-    }
-  }
-
-  template <typename E, typename Term>
+  static int64_t scratch_bytes(const AttentionSizes& s, bool backward);
+  void init(const AttentionSizes& sizes, bool backward, Scratch& scratch);
+  // first_element: of the pair in the dropout mask.
+  template <typename E>
+  void forward(const AttentionInputs<E>& x, const AttentionOutputs<E>& out, T* stats, uint64_t first_element,
+               const ScoreTerm<T>& term);
+  template <typename E>
   void backward(const AttentionGradInputs<E>& x, const T* stats, const AttentionGrads<E>& grad, uint64_t first_element,
-                Term& term) {
-    pack_right(k_, width_, x.forward.k, s_.N, s_.D);
-    pack_columns(k_columns_, x.forward.k, s_.N, s_.D);
-    pack_columns(v_columns_, x.forward.v, s_.N, s_.D);
-    for (int64_t i = 0; i < s_.N * width_; ++i) grad_k_[i] = grad_v_[i] = 0;
-    for (int64_t i0 = 0; i0 < s_.N; i0 += kQueryBlock) {
-      const int64_t rows = smaller(kQueryBlock, s_.N - i0);
-      pack_left(q_, left_width_, x.forward.q.from(i0), rows, s_.D);
-      pack_left(grad_out_, left_width_, x.grad_out.from(i0), rows, s_.D);
-      if constexpr (kPaired) {
-        pack_right(q_right_, width_, x.forward.q.from(i0), rows, s_.D);
-        pack_right(grad_out_right_, width_, x.grad_out.from(i0), rows, s_.D);
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        delta_[r] = dot(x.grad_out.row(i0 + r), x.out.row(i0 + r), s_.D);
-        row_max_[r] = stats[i0 + r];
-        row_sum_[r] = stats[s_.N + i0 + r];
-      }
-      for (int64_t j0 = 0; j0 < keys_; j0 += block_) {
-        const int64_t n = smaller(block_, keys_ - j0);
-        score_block(i0, rows, j0, n, term, [top = row_max_, log_sum = row_sum_](T* p, int64_t r, Vec<T> x) {
-          store(p, exp2_vec(x - top[r] - log_sum[r]));
-        });
-        score_gradient_block(rows, j0, n);
-        for (int64_t r = 0; r < rows; ++r) {
-          T* ds = grad_scores_ + r * row_stride_;
-          if (s_.dropout > 0) drop_gradient(scores_ + r * row_stride_, ds, r, n, first_element + (i0 + r) * s_.N + j0);
-          term.add_gradient(i0 + r, j0, n, ds);
-          if constexpr (kPaired)
-            if (r % 2 == 1 || r + 1 == rows) pair_rows(r & ~int64_t{1}, rows, n);
-        }
-        weighted_columns(grad_v_, scores_, grad_out_right_, rows, j0, n);
-        weighted_columns(grad_k_, grad_scores_, q_right_, rows, j0, n);
-        weighted_rows(out_, grad_scores_left_, k_, rows, j0, n, j0 > 0);
-      }
-      unpack_rows(grad.q.from(i0), out_, width_, rows, s_.D, static_cast<T>(s_.scale));
-    }
-    unpack_rows(grad.k, grad_k_, width_, s_.N, s_.D, static_cast<T>(s_.scale));
-    unpack_rows(grad.v, grad_v_, width_, s_.N, s_.D, T(1));
-  }
+                ScoreTerm<T>& term);
 
  private:
-  // The keys in as few equal blocks as kKeyBlock allows.
-  static int64_t key_block(int64_t keys) {
-    const int64_t blocks = (keys + kKeyBlock - 1) / kKeyBlock;
-    return blocks ? round_to_lanes<T>((keys + blocks - 1) / blocks) : 0;
-  }
-
+  static int64_t key_block(int64_t keys);
   static int64_t row_stride(int64_t keys) { return key_block(keys) + 2 * kLanes<T>; }
+  uint64_t mask_row(int64_t i) const { return (i < s_.extra ? s_.N - s_.extra + i : i - s_.extra) * s_.N; }
+  template <typename E>
+  void write_row(const AttentionOutputs<E>& out, int64_t i, T* row, T factor);
 
-  // left (rows, D) times columns [j0, ...), each finished vector handed to sink(row, vector, x).
   template <typename Sink>
-  void product(const U* left, const U* columns, int64_t rows, int64_t j0, int64_t n, Sink&& sink) {
-    constexpr int W = kLanes<T>;
-    gemm<U>(rows, n / W, depth_, Left<U>{left, left_width_, 1}, Right<U>{columns + j0 * depth_, W, W * depth_}, sink);
-  }
-
-  // q_ times keys plus the term, in units of log 2, handed to sink(address in scores_, row, x).
-  template <typename Term, typename Sink>
-  void score_block(int64_t i0, int64_t rows, int64_t j0, int64_t n, Term& term, Sink&& sink) {
-    TermRow<T> terms[kQueryBlock];
-    for (int64_t r = 0; r < rows; ++r) terms[r] = term.term(i0 + r, j0, n, scores_ + r * row_stride_);
-    const auto run = [&](auto&& add) {
-      product(q_, k_columns_, rows, j0, n,
-              [add, sink, unit = splat(score_unit_), scores = scores_, stride = row_stride_](int64_t m, int64_t v,
-                                                                                             Vec<T> x) {
-                sink(scores + m * stride + v * kLanes<T>, m, x * unit + add(m, v * kLanes<T>));
-              });
-    };
-    if (terms[0].keep)
-      run([&terms](int64_t m, int64_t j) {
-        return keep_lanes<T>(load(terms[m].a + j) + load(terms[m].b + j), terms[m].keep + j);
-      });
-    else
-      run([&terms](int64_t m, int64_t j) { return load(terms[m].a + j) + load(terms[m].b + j); });
-  }
-
-  // grad_scores_ = gradient of the scores, or of the dropped probabilities where there is dropout.
-  void score_gradient_block(int64_t rows, int64_t j0, int64_t n) {
-    const auto run = [&](auto&& sink) { product(grad_out_, v_columns_, rows, j0, n, sink); };
-    if (s_.dropout > 0)
-      run([ds = grad_scores_, stride = row_stride_](int64_t m, int64_t v, Vec<T> x) {
-        store(ds + m * stride + v * kLanes<T>, x);
-      });
-    else
-      run([p = scores_, ds = grad_scores_, stride = row_stride_, delta = delta_](int64_t m, int64_t v, Vec<T> x) {
-        const int64_t at = m * stride + v * kLanes<T>;
-        store(ds + at, load(p + at) * (x - delta[m]));
-      });
-  }
-
-  // Scores to unnormalised probabilities, with running maxima and sums; what earlier blocks left in out_ shrinks.
-  void softmax_block(int64_t rows, int64_t n, bool later) {
-    constexpr int W = kLanes<T>;
-    T top[kQueryBlock];
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* s = scores_ + r * row_stride_;
-      Vec<T> best = splat(row_max_[r]);
-      for (int64_t j = 0; j < n; j += W) best = maximum<T>(best, load(s + j));
-      top[r] = horizontal_max<T>(best);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      T* s = scores_ + r * row_stride_;
-      Vec<T> sum{}, sum2{};
-      int64_t j = 0;
-      for (; j + 2 * W <= n; j += 2 * W) {
-        const Vec<T> p = exp2_vec(load(s + j) - top[r]), p2 = exp2_vec(load(s + j + W) - top[r]);
-        store_probabilities(s, j, p, p2, 2);
-        sum += p;
-        sum2 += p2;
-      }
-      if (j < n) {
-        const Vec<T> p = exp2_vec(load(s + j) - top[r]);
-        store_probabilities(s, j, p, Vec<T>{}, 1);
-        sum += p;
-      }
-      T before = 0;
-      if (later) {
-        const T shrink = exp2_vec(splat(row_max_[r] - top[r]))[0];
-        before = row_sum_[r] * shrink;
-        for (int64_t d = 0; d < width_; ++d) out_[r * width_ + d] *= shrink;
-      }
-      row_sum_[r] = before + horizontal_sum<T>(sum + sum2);
-      row_max_[r] = top[r];
-    }
-  }
-
-  // One or two vectors of a row in place, as the left operand unless dropout is still to come.
-  void store_probabilities(T* row, int64_t j, Vec<T> p, Vec<T> p2, int vectors) {
-    if constexpr (kPaired)
-      if (s_.dropout <= 0) return store(reinterpret_cast<U*>(row) + j / 2, pair_along(p, p2));
-    store(row + j, p);
-    if (vectors == 2) store(row + j + kLanes<T>, p2);
-  }
-
-  void drop(T* p, int64_t n, uint64_t first_element) {
-    const int8_t* keep = dropout_row(mask_, n, first_element, s_.seed, kAttnDropoutStream, threshold_);
-    for (int64_t j = 0; j < n; j += kLanes<T>) store(p + j, keep_lanes<T>(load(p + j), keep + j));
-    if constexpr (kPaired) pair_along(reinterpret_cast<U*>(p), p, n);
-  }
-
-  // Row r of probabilities and their gradients: dropout applied to both, the latter turned into the scores' gradients.
-  void drop_gradient(T* p, T* ds, int64_t r, int64_t n, uint64_t first_element) {
-    const int8_t* keep = dropout_row(mask_, n, first_element, s_.seed, kAttnDropoutStream, threshold_);
-    for (int64_t j = 0; j < n; j += kLanes<T>) {
-      const Vec<T> probability = load(p + j);
-      store(ds + j, probability * (keep_lanes<T>(load(ds + j) * kept_scale_, keep + j) - delta_[r]));
-      store(p + j, keep_lanes<T>(probability * kept_scale_, keep + j));
-    }
-  }
-
-  // Rows r and r + 1 of the two blocks as operands: paired across in place, the scores' gradients paired along too.
-  void pair_rows(int64_t r, int64_t rows, int64_t n) {
-    const bool below = r + 1 < rows;
-    T *p = scores_ + r * row_stride_, *ds = grad_scores_ + r * row_stride_;
-    U* left = grad_scores_left_ + r * row_stride_;
-    pair_across(reinterpret_cast<U*>(p), p, below ? p + row_stride_ : nullptr, n);
-    pair_along(left, ds, n);
-    if (below) pair_along(left + row_stride_, ds + row_stride_, n);
-    pair_across(reinterpret_cast<U*>(ds), ds, below ? ds + row_stride_ : nullptr, n);
-  }
-
-  // dst (rows, D) = (or +=) block (rows, keys) times rows [j0, ...) of right.
-  void weighted_rows(T* dst, const U* block, const U* right, int64_t rows, int64_t j0, int64_t n, bool add) {
-    constexpr int W = kLanes<T>;
-    const auto run = [&](auto&& sink) {
-      gemm<U>(rows, width_ / W, summed<U>(smaller(n, s_.N - j0)), Left<U>{block, row_stride_, 1},
-              Right<U>{right + j0 / kSteps<U> * width_, width_, W}, sink);
-    };
-    if (add)
-      run([dst, width = width_](int64_t m, int64_t v, Vec<T> x) {
-        T* p = dst + m * width + v * W;
-        store(p, load(p) + x);
-      });
-    else
-      run([dst, width = width_](int64_t m, int64_t v, Vec<T> x) { store(dst + m * width + v * W, x); });
-  }
-
-  // dst rows [j0, ...) += block^T (keys, rows) times right (rows, D).
-  void weighted_columns(T* dst, const T* block, const U* right, int64_t rows, int64_t j0, int64_t n) {
-    constexpr int W = kLanes<T>;
-    gemm<U>(smaller(n, s_.N - j0), width_ / W, summed<U>(rows),
-            Left<U>{reinterpret_cast<const U*>(block), 1, kSteps<U> * row_stride_}, Right<U>{right, width_, W},
-            [first = dst + j0 * width_, width = width_](int64_t m, int64_t v, Vec<T> x) {
-              T* p = first + m * width + v * W;
-              store(p, load(p) + x);
-            });
-  }
+  void product(const U* left, const U* columns, int64_t rows, int64_t j0, int64_t n, Sink&& sink);
+  template <typename Sink>
+  void score_block(int64_t i0, int64_t rows, int64_t j0, int64_t n, const ScoreTerm<T>& term, Sink&& sink);
+  void score_gradient_block(int64_t rows, int64_t j0, int64_t n);
+  void softmax_block(int64_t rows, int64_t n, bool later);
+  void store_probabilities(T* row, int64_t j, Vec<T> p, Vec<T> p2, int vectors);
+  void drop(T* p, int64_t n, uint64_t first_element);
+  void drop_gradient(T* p, T* ds, int64_t r, int64_t n, uint64_t first_element);
+  void pair_rows(int64_t r, int64_t rows, int64_t n);
+  void weighted_rows(T* dst, const U* block, const U* right, int64_t rows, int64_t j0, int64_t n, bool add);
+  void weighted_columns(T* dst, const T* block, const U* right, int64_t rows, int64_t j0, int64_t n);
 
   AttentionSizes s_;
   int64_t keys_ = 0;        // N rounded up to whole vectors
@@ -334,6 +145,7 @@ class AttentionCore {
   T *scores_ = nullptr, *grad_scores_ = nullptr;                  // (kQueryBlock, row_stride_)
   U* grad_scores_left_ = nullptr;                                 // (kQueryBlock, row_stride_)
   T* out_ = nullptr;                                              // (kQueryBlock, width_)
+  T* extra_sum_ = nullptr;                                        // (width_,), of the extra tokens' outputs
   T *row_max_ = nullptr, *row_sum_ = nullptr, *delta_ = nullptr;  // (kQueryBlock,)
   int8_t* mask_ = nullptr;
 };

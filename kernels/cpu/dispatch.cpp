@@ -5,6 +5,9 @@
 #include "attention_link.h"
 #include "cls_attention.h"
 #include "depthwise_block.h"
+#include "feature_alignment.h"
+#include "generalized_conv.h"
+#include "head_token_attention.h"
 #include "involution.h"
 #include "mhca_attention.h"
 
@@ -17,6 +20,16 @@
     (params, pass, begin, end))                                                                                        \
   X(depthwise_block_forward, (const DepthwiseBlockParams& params, ForwardPass pass, int64_t begin, int64_t end),       \
     (params, pass, begin, end))                                                                                        \
+  X(feature_alignment_forward, (const FeatureAlignmentParams& params, int64_t begin, int64_t end),                     \
+    (params, begin, end))                                                                                              \
+  X(feature_alignment_backward, (const FeatureAlignmentGradParams& params, int64_t begin, int64_t end),                \
+    (params, begin, end))                                                                                              \
+  X(generalized_conv_shift, (const GeneralizedConvShiftParams& params, int64_t begin, int64_t end),                    \
+    (params, begin, end))                                                                                              \
+  X(head_token_attention_backward, (const HeadTokenAttentionGradParams& params, int64_t begin, int64_t end),           \
+    (params, begin, end))                                                                                              \
+  X(head_token_attention_forward, (const HeadTokenAttentionParams& params, int64_t begin, int64_t end),                \
+    (params, begin, end))                                                                                              \
   X(involution_forward, (const InvolutionParams& params, int64_t begin, int64_t end), (params, begin, end))            \
   X(involution_backward, (const InvolutionGradParams& params, int64_t begin, int64_t end), (params, begin, end))       \
   X(mhca_attention_forward, (const MhcaAttentionParams& params, int64_t begin, int64_t end), (params, begin, end))     \

@@ -6,7 +6,6 @@
 
 #include <new>
 
-#include "attention_core.h"
 #include "relative_position.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
@@ -15,18 +14,9 @@ namespace {
 thread_local Scratch scratch;
 
 template <typename E>
-Rows<const E> pair(const void* base, const int64_t (&stride)[3], int64_t b, int64_t h) {
-  return {static_cast<const E*>(base) + b * stride[0] + h * stride[1], stride[2]};
-}
-
-template <typename E>
-Rows<E> pair(void* base, const int64_t (&stride)[3], int64_t b, int64_t h) {
-  return {static_cast<E*>(base) + b * stride[0] + h * stride[1], stride[2]};
-}
-
-template <typename E>
 AttentionInputs<E> inputs(const MhcaAttentionParams& p, int64_t b, int64_t h) {
-  return {pair<E>(p.q, p.q_stride, b, h), pair<E>(p.k, p.k_stride, b, h), pair<E>(p.v, p.v_stride, b, h)};
+  return {only(pair_rows<E>(p.q, p.q_stride, b, h)), only(pair_rows<E>(p.k, p.k_stride, b, h)),
+          only(pair_rows<E>(p.v, p.v_stride, b, h))};
 }
 
 // Sets up scratch, the core and the position term, then runs body(core, term, b, h) on units [begin, end).
@@ -34,7 +24,7 @@ template <typename E, typename Body>
 void for_each_pair(const MhcaAttentionParams& p, bool backward, int64_t begin, int64_t end, Body&& body) {
   using T = Compute<E>;
   using Term = RelativePosition<T>;
-  const AttentionSizes sizes{p.N, p.D, p.scale, p.attn_dropout, p.seed};
+  const AttentionSizes sizes{p.N, 0, p.D, p.scale, p.attn_dropout, p.seed};
   const typename Term::Geometry geometry{p.N, p.grid_h, p.grid_w, p.num_prefix_tokens, p.rpe_dropout, p.seed};
   const int64_t turn = Term::heads_in_turn(geometry, p.H);
   if (!scratch.reserve(AttentionCore<Operand<E>>::scratch_bytes(sizes, backward) + Term::scratch_bytes(geometry, turn)))
@@ -58,7 +48,7 @@ template <typename E>
 void forward(const MhcaAttentionParams& p, int64_t begin, int64_t end) {
   for_each_pair<E>(p, false, begin, end, [&](auto& core, auto& term, int64_t b, int64_t h) {
     const int64_t pair_index = b * p.H + h;
-    core.forward(inputs<E>(p, b, h), pair<E>(p.out, p.out_stride, b, h),
+    core.forward(inputs<E>(p, b, h), AttentionOutputs<E>{only(pair_rows<E>(p.out, p.out_stride, b, h)), nullptr},
                  static_cast<Compute<E>*>(p.stats) + pair_index * 2 * p.N,
                  static_cast<uint64_t>(pair_index) * p.N * p.N, term);
   });
@@ -69,10 +59,12 @@ void backward(const MhcaAttentionGradParams& g, int64_t begin, int64_t end) {
   const MhcaAttentionParams& p = g.forward;
   for_each_pair<E>(p, true, begin, end, [&](auto& core, auto& term, int64_t b, int64_t h) {
     const int64_t pair_index = b * p.H + h;
-    const AttentionGradInputs<E> x{inputs<E>(p, b, h), pair<E>(static_cast<const void*>(p.out), p.out_stride, b, h),
-                                   pair<E>(g.grad_out, g.grad_out_stride, b, h)};
-    const AttentionGrads<E> grads{pair<E>(g.grad_q, g.grad_q_stride, b, h), pair<E>(g.grad_k, g.grad_k_stride, b, h),
-                                  pair<E>(g.grad_v, g.grad_v_stride, b, h)};
+    const AttentionGradInputs<E> x{inputs<E>(p, b, h),
+                                   only(pair_rows<E>(static_cast<const void*>(p.out), p.out_stride, b, h)),
+                                   only(pair_rows<E>(g.grad_out, g.grad_out_stride, b, h))};
+    const AttentionGrads<E> grads{only(pair_rows<E>(g.grad_q, g.grad_q_stride, b, h)),
+                                  only(pair_rows<E>(g.grad_k, g.grad_k_stride, b, h)),
+                                  only(pair_rows<E>(g.grad_v, g.grad_v_stride, b, h))};
     term.clear_gradient();
     core.backward(x, static_cast<const Compute<E>*>(p.stats) + pair_index * 2 * p.N, grads,
                   static_cast<uint64_t>(pair_index) * p.N * p.N, term);

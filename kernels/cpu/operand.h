@@ -26,14 +26,14 @@ inline int64_t summed(int64_t n) {
 }
 
 // from (n, D), summed over D -> dst (n, width).
-template <typename E, typename T>
-inline void pack_left(T* dst, int64_t width, Rows<const E> from, int64_t n, int64_t D) {
+template <template <typename> class R, typename E, typename T>
+inline void pack_left(T* dst, int64_t width, R<const E> from, int64_t n, int64_t D) {
   pack_rows(dst, width, from, n, D);
 }
 
 // from (n, D), summed over n -> dst (summed(n), width).
-template <typename E, typename T>
-inline void pack_right(T* dst, int64_t width, Rows<const E> from, int64_t n, int64_t D) {
+template <template <typename> class R, typename E, typename T>
+inline void pack_right(T* dst, int64_t width, R<const E> from, int64_t n, int64_t D) {
   pack_rows(dst, width, from, n, D);
 }
 
@@ -45,12 +45,14 @@ inline __m512i load_words(const bfloat16* p, int64_t n) {
   return _mm512_maskz_loadu_epi16(n > 0 ? (1u << n) - 1 : 0, p);
 }
 
-inline void pack_left(BFloat16Pair* dst, int64_t width, Rows<const bfloat16> from, int64_t n, int64_t D) {
+template <template <typename> class R>
+inline void pack_left(BFloat16Pair* dst, int64_t width, R<const bfloat16> from, int64_t n, int64_t D) {
   for (int64_t i = 0; i < n; ++i, dst += width)
     for (int64_t d = 0; d < width; d += 16) _mm512_storeu_si512(dst + d, load_words(from.row(i) + 2 * d, D - 2 * d));
 }
 
-inline void pack_right(BFloat16Pair* dst, int64_t width, Rows<const bfloat16> from, int64_t n, int64_t D) {
+template <template <typename> class R>
+inline void pack_right(BFloat16Pair* dst, int64_t width, R<const bfloat16> from, int64_t n, int64_t D) {
   const auto widened = [D](const bfloat16* row, int64_t d) {
     const int64_t rest = D - d;
     const __mmask16 mask = rest >= 16 ? 0xFFFF : (1u << rest) - 1;
@@ -65,7 +67,8 @@ inline void pack_right(BFloat16Pair* dst, int64_t width, Rows<const bfloat16> fr
 }
 
 // from (n, D), summed over D -> dst (n / 16, summed(D), 16): each vector holds one pair of columns of 16 rows.
-inline void pack_columns(BFloat16Pair* dst, Rows<const bfloat16> from, int64_t n, int64_t D) {
+template <template <typename> class R>
+inline void pack_columns(BFloat16Pair* dst, R<const bfloat16> from, int64_t n, int64_t D) {
   const int64_t depth = summed<BFloat16Pair>(D);
   for (int64_t j = 0; j < n; j += 16, dst += 16 * depth)
     for (int64_t d = 0; d < depth; d += 16) {

@@ -6,22 +6,12 @@
 #include <cstdint>
 #include <limits>
 
-#include "dropout_row.h"
-#include "pack.h"
-#include "simd.h"
+#include "attention_core.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 
-// One query's term against consecutive keys: a + b, kept where `keep` (null: everywhere) says so.
 template <typename T>
-struct TermRow {
-  const T* a;
-  const T* b;
-  const int8_t* keep;
-};
-
-template <typename T>
-class RelativePosition {
+class RelativePosition final : public ScoreTerm<T> {
  public:
   struct Geometry {
     int64_t N, grid_h, grid_w, prefix;
@@ -112,7 +102,7 @@ class RelativePosition {
 
   // Term of query i against keys [j0, j0 + n), -infinity from key N on; n is a whole number of vectors. Where the
   // head's tables are not kept it is written to `room` (n), and holds until the next call.
-  TermRow<T> term(int64_t i, int64_t j0, int64_t n, T* room) const {
+  TermRow<T> row(int64_t i, int64_t j0, int64_t n, T* room) const override {
     const Geometry& g = geometry_;
     if (i < g.prefix) return {prefix_row_ + j0, zeros_, keeps_all(j0)};
     const int64_t y = (i - g.prefix) / g.grid_w, x = (i - g.prefix) % g.grid_w;
@@ -133,7 +123,7 @@ class RelativePosition {
   void clear_gradient() { sum_square_ = sum_row_ = sum_column_ = 0; }
 
   // Adds query i's share, given the gradient ds of its scores against keys [j0, j0 + n).
-  void add_gradient(int64_t i, int64_t j0, int64_t n, const T* ds) {
+  void add_gradient(int64_t i, int64_t j0, int64_t n, const T* ds) override {
     const Geometry& g = geometry_;
     constexpr int W = kLanes<T>;
     if (i < g.prefix) return;

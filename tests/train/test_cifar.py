@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastib.train.build import load_student
 from fastib.train.cifar import Cifar
 from fastib.train.cli import main
 from fastib.train.config import DataConfig
-from fastib.train.data import build_data
+from fastib.train.data import PaddedCrop, build_data
 from fastib.train.errors import DataError
 
 SIZES = {"cifar10": [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], "cifar100": ["train", "test"]}
@@ -213,3 +214,18 @@ def test_missing_paths(tmp_path):
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"no archive")
     with pytest.raises(DataError, match=r"cannot read .*cifar-10-binary.tar.gz"):
         build_data(DataConfig(name="cifar10", path=str(tmp_path)))
+
+
+def test_padded_crops_are_resized():
+    """A crop of the image's own size, black where it was padded, brought to the size of the model."""
+    crop, image = PaddedCrop(4, 96, "bilinear"), Image.new("RGB", (32, 32), (255, 255, 255))
+    seen = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        assert crop(image).size == (96, 96)
+        torch.manual_seed(seed)
+        plain = np.asarray(PaddedCrop(4, 32, "bilinear")(image))[..., 0]
+        rows, columns = (np.flatnonzero(plain.max(axis)) for axis in (1, 0))
+        assert plain.shape == (32, 32) and min(len(rows), len(columns)) >= 28
+        seen.add((int(rows[0]) - 31 + int(rows[-1]), int(columns[0]) - 31 + int(columns[-1])))
+    assert len(seen) > 20

@@ -1,0 +1,323 @@
+// Attention of one pair for one instruction set; see attention_core.h.
+#include "attention_core.h"
+
+#include <cmath>
+#include <limits>
+
+namespace fastib::FASTIB_ISA_NAMESPACE {
+
+template <typename U>
+int64_t AttentionCore<U>::scratch_bytes(const AttentionSizes& s, bool backward) {
+  const int64_t keys = round_to_lanes<T>(s.N), width = round_to_lanes<T>(s.D);
+  const int64_t rows = Scratch::padded_bytes<T>(s.N * width), columns = Scratch::padded_bytes<T>(keys * s.D);
+  const int64_t block = Scratch::padded_bytes<T>(kQueryBlock * row_stride(keys));
+  const int64_t query_block = Scratch::padded_bytes<T>(kQueryBlock * width);
+  const int64_t mask = Scratch::padded_bytes<int8_t>(dropout_row_bytes(kKeyBlock + kLanes<T>));
+  return (backward ? 3 * rows + 2 * columns + (2 + kPaired) * block + (1 + 2 * kPaired) * query_block
+                   : rows + columns + block) +
+         2 * query_block + Scratch::padded_bytes<T>(width) + 3 * Scratch::padded_bytes<T>(kQueryBlock) + mask;
+}
+
+template <typename U>
+void AttentionCore<U>::init(const AttentionSizes& sizes, bool backward, Scratch& scratch) {
+  s_ = sizes;
+  keys_ = round_to_lanes<T>(s_.N);
+  width_ = round_to_lanes<T>(s_.D);
+  depth_ = summed<U>(s_.D);
+  left_width_ = round_to_lanes<T>(depth_);
+  block_ = key_block(keys_);
+  row_stride_ = row_stride(keys_);
+  q_ = scratch.take<U>(kQueryBlock * left_width_);
+  k_columns_ = scratch.take<U>(keys_ * depth_);
+  scores_ = scratch.take<T>(kQueryBlock * row_stride_);
+  out_ = scratch.take<T>(kQueryBlock * width_);
+  extra_sum_ = scratch.take<T>(width_);
+  row_max_ = scratch.take<T>(kQueryBlock);
+  row_sum_ = scratch.take<T>(kQueryBlock);
+  delta_ = scratch.take<T>(kQueryBlock);
+  mask_ = scratch.take<int8_t>(dropout_row_bytes(kKeyBlock + kLanes<T>));
+  if (backward) {
+    k_ = scratch.take<U>(summed<U>(s_.N) * width_);
+    v_columns_ = scratch.take<U>(keys_ * depth_);
+    grad_out_ = scratch.take<U>(kQueryBlock * left_width_);
+    q_right_ = kPaired ? scratch.take<U>(kQueryBlock * width_) : q_;
+    grad_out_right_ = kPaired ? scratch.take<U>(kQueryBlock * width_) : grad_out_;
+    grad_k_ = scratch.take<T>(s_.N * width_);
+    grad_v_ = scratch.take<T>(s_.N * width_);
+    grad_scores_ = scratch.take<T>(kQueryBlock * row_stride_);
+    grad_scores_left_ = kPaired ? scratch.take<U>(kQueryBlock * row_stride_) : reinterpret_cast<U*>(grad_scores_);
+  } else {
+    v_ = scratch.take<U>(summed<U>(s_.N) * width_);
+  }
+  score_unit_ = static_cast<T>(s_.scale * kLog2e);
+  threshold_ = dropout_threshold(s_.dropout);
+  kept_scale_ = s_.dropout > 0 ? static_cast<T>(dropout_scale(s_.dropout)) : T(1);
+}
+
+template <typename U>
+template <typename E>
+void AttentionCore<U>::forward(const AttentionInputs<E>& x, const AttentionOutputs<E>& out, T* stats,
+                               uint64_t first_element, const ScoreTerm<T>& term) {
+  pack_columns(k_columns_, x.k, s_.N, s_.D);
+  pack_right(v_, width_, x.v, s_.N, s_.D);
+  for (int64_t i0 = 0; i0 < s_.N; i0 += kQueryBlock) {
+    const int64_t rows = smaller(kQueryBlock, s_.N - i0);
+    pack_left(q_, left_width_, x.q.from(i0), rows, s_.D);
+    for (int64_t r = 0; r < rows; ++r) {
+      row_max_[r] = std::numeric_limits<T>::lowest();  // finite: a block may hold -infinity alone
+      row_sum_[r] = 0;
+    }
+    for (int64_t j0 = 0; j0 < keys_; j0 += block_) {
+      const int64_t n = smaller(block_, keys_ - j0);
+      score_block(i0, rows, j0, n, term, [](T* p, int64_t, Vec<T> x) { store(p, x); });
+      softmax_block(rows, n, j0 > 0);
+      if (s_.dropout > 0)
+        for (int64_t r = 0; r < rows; ++r) drop(scores_ + r * row_stride_, n, first_element + mask_row(i0 + r) + j0);
+      weighted_rows(out_, reinterpret_cast<const U*>(scores_), v_, rows, j0, n, j0 > 0);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      write_row(out, i0 + r, out_ + r * width_, kept_scale_ / row_sum_[r]);
+      stats[i0 + r] = row_max_[r];
+      stats[s_.N + i0 + r] = std::log2(row_sum_[r]);
+    }
+  }
+}
+
+template <typename U>
+template <typename E>
+void AttentionCore<U>::backward(const AttentionGradInputs<E>& x, const T* stats, const AttentionGrads<E>& grad,
+                                uint64_t first_element, ScoreTerm<T>& term) {
+  pack_right(k_, width_, x.forward.k, s_.N, s_.D);
+  pack_columns(k_columns_, x.forward.k, s_.N, s_.D);
+  pack_columns(v_columns_, x.forward.v, s_.N, s_.D);
+  for (int64_t i = 0; i < s_.N * width_; ++i) grad_k_[i] = grad_v_[i] = 0;
+  // An extra row's probabilities, divided by the number of rows, carry the mean into all gradients.
+  const T extra_share = std::log2(static_cast<T>(s_.extra));
+  for (int64_t i0 = 0; i0 < s_.N; i0 += kQueryBlock) {
+    const int64_t rows = smaller(kQueryBlock, s_.N - i0);
+    pack_left(q_, left_width_, x.forward.q.from(i0), rows, s_.D);
+    pack_left(grad_out_, left_width_, x.grad_out.from(i0), rows, s_.D);
+    if constexpr (kPaired) {
+      pack_right(q_right_, width_, x.forward.q.from(i0), rows, s_.D);
+      pack_right(grad_out_right_, width_, x.grad_out.from(i0), rows, s_.D);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      delta_[r] = dot(x.grad_out.row(i0 + r), x.out.row(i0 + r), s_.D);
+      row_max_[r] = stats[i0 + r];
+      row_sum_[r] = stats[s_.N + i0 + r] + (i0 + r < s_.extra ? extra_share : T(0));
+    }
+    for (int64_t j0 = 0; j0 < keys_; j0 += block_) {
+      const int64_t n = smaller(block_, keys_ - j0);
+      score_block(i0, rows, j0, n, term, [top = row_max_, log_sum = row_sum_](T* p, int64_t r, Vec<T> x) {
+        store(p, exp2_vec(x - top[r] - log_sum[r]));
+      });
+      score_gradient_block(rows, j0, n);
+      for (int64_t r = 0; r < rows; ++r) {
+        T* ds = grad_scores_ + r * row_stride_;
+        if (s_.dropout > 0) drop_gradient(scores_ + r * row_stride_, ds, r, n, first_element + mask_row(i0 + r) + j0);
+        term.add_gradient(i0 + r, j0, n, ds);
+        if (kPaired && (r % 2 == 1 || r + 1 == rows)) pair_rows(r & ~int64_t{1}, rows, n);
+      }
+      weighted_columns(grad_v_, scores_, grad_out_right_, rows, j0, n);
+      weighted_columns(grad_k_, grad_scores_, q_right_, rows, j0, n);
+      weighted_rows(out_, grad_scores_left_, k_, rows, j0, n, j0 > 0);
+    }
+    unpack_rows(grad.q.from(i0), out_, width_, rows, s_.D, static_cast<T>(s_.scale));
+  }
+  unpack_rows(grad.k, grad_k_, width_, s_.N, s_.D, static_cast<T>(s_.scale));
+  unpack_rows(grad.v, grad_v_, width_, s_.N, s_.D, T(1));
+}
+
+// The keys in as few equal blocks as kKeyBlock allows.
+template <typename U>
+int64_t AttentionCore<U>::key_block(int64_t keys) {
+  const int64_t blocks = (keys + kKeyBlock - 1) / kKeyBlock;
+  return blocks ? round_to_lanes<T>((keys + blocks - 1) / blocks) : 0;
+}
+
+// left (rows, D) times columns [j0, ...), each finished vector handed to sink(row, vector, x).
+template <typename U>
+template <typename Sink>
+void AttentionCore<U>::product(const U* left, const U* columns, int64_t rows, int64_t j0, int64_t n, Sink&& sink) {
+  constexpr int W = kLanes<T>;
+  gemm<U>(rows, n / W, depth_, Left<U>{left, left_width_, 1}, Right<U>{columns + j0 * depth_, W, W * depth_}, sink);
+}
+
+// q_ times keys plus the term, in units of log 2, handed to sink(address in scores_, row, x).
+template <typename U>
+template <typename Sink>
+void AttentionCore<U>::score_block(int64_t i0, int64_t rows, int64_t j0, int64_t n, const ScoreTerm<T>& term,
+                                   Sink&& sink) {
+  TermRow<T> terms[kQueryBlock];
+  for (int64_t r = 0; r < rows; ++r) terms[r] = term.row(i0 + r, j0, n, scores_ + r * row_stride_);
+  const auto run = [&](auto&& add) {
+    product(
+        q_, k_columns_, rows, j0, n,
+        [add, sink, unit = splat(score_unit_), scores = scores_, stride = row_stride_](int64_t m, int64_t v, Vec<T> x) {
+          sink(scores + m * stride + v * kLanes<T>, m, x * unit + add(m, v * kLanes<T>));
+        });
+  };
+  if (terms[0].keep)
+    run([&terms](int64_t m, int64_t j) {
+      return keep_lanes<T>(load(terms[m].a + j) + load(terms[m].b + j), terms[m].keep + j);
+    });
+  else if (terms[0].b)
+    run([&terms](int64_t m, int64_t j) { return load(terms[m].a + j) + load(terms[m].b + j); });
+  else
+    run([a = terms[0].a](int64_t, int64_t j) { return load(a + j); });
+}
+
+// grad_scores_ = gradient of the scores, or of the dropped probabilities where there is dropout.
+template <typename U>
+void AttentionCore<U>::score_gradient_block(int64_t rows, int64_t j0, int64_t n) {
+  const auto run = [&](auto&& sink) { product(grad_out_, v_columns_, rows, j0, n, sink); };
+  if (s_.dropout > 0)
+    run([ds = grad_scores_, stride = row_stride_](int64_t m, int64_t v, Vec<T> x) {
+      store(ds + m * stride + v * kLanes<T>, x);
+    });
+  else
+    run([p = scores_, ds = grad_scores_, stride = row_stride_, delta = delta_](int64_t m, int64_t v, Vec<T> x) {
+      const int64_t at = m * stride + v * kLanes<T>;
+      store(ds + at, load(p + at) * (x - delta[m]));
+    });
+}
+
+// Scores to unnormalised probabilities, with running maxima and sums; what earlier blocks left in out_ shrinks.
+template <typename U>
+void AttentionCore<U>::softmax_block(int64_t rows, int64_t n, bool later) {
+  constexpr int W = kLanes<T>;
+  T top[kQueryBlock];
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* s = scores_ + r * row_stride_;
+    Vec<T> best = splat(row_max_[r]);
+    for (int64_t j = 0; j < n; j += W) best = maximum<T>(best, load(s + j));
+    top[r] = horizontal_max<T>(best);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    T* s = scores_ + r * row_stride_;
+    Vec<T> sum{}, sum2{};
+    int64_t j = 0;
+    for (; j + 2 * W <= n; j += 2 * W) {
+      const Vec<T> p = exp2_vec(load(s + j) - top[r]), p2 = exp2_vec(load(s + j + W) - top[r]);
+      store_probabilities(s, j, p, p2, 2);
+      sum += p;
+      sum2 += p2;
+    }
+    if (j < n) {
+      const Vec<T> p = exp2_vec(load(s + j) - top[r]);
+      store_probabilities(s, j, p, Vec<T>{}, 1);
+      sum += p;
+    }
+    T before = 0;
+    if (later) {
+      const T shrink = exp2_vec(splat(row_max_[r] - top[r]))[0];
+      before = row_sum_[r] * shrink;
+      for (int64_t d = 0; d < width_; ++d) out_[r * width_ + d] *= shrink;
+    }
+    row_sum_[r] = before + horizontal_sum<T>(sum + sum2);
+    row_max_[r] = top[r];
+  }
+}
+
+// One or two vectors of a row in place, as the left operand unless dropout is still to come.
+template <typename U>
+void AttentionCore<U>::store_probabilities(T* row, int64_t j, Vec<T> p, Vec<T> p2, int vectors) {
+  if constexpr (kPaired)
+    if (s_.dropout <= 0) return store(reinterpret_cast<U*>(row) + j / 2, pair_along(p, p2));
+  store(row + j, p);
+  if (vectors == 2) store(row + j + kLanes<T>, p2);
+}
+
+template <typename U>
+void AttentionCore<U>::drop(T* p, int64_t n, uint64_t first_element) {
+  const int8_t* keep = dropout_row(mask_, n, first_element, s_.seed, kAttnDropoutStream, threshold_);
+  for (int64_t j = 0; j < n; j += kLanes<T>) store(p + j, keep_lanes<T>(load(p + j), keep + j));
+  if constexpr (kPaired) pair_along(reinterpret_cast<U*>(p), p, n);
+}
+
+// Row r of probabilities and their gradients: dropout applied to both, the latter turned into the scores' gradients.
+template <typename U>
+void AttentionCore<U>::drop_gradient(T* p, T* ds, int64_t r, int64_t n, uint64_t first_element) {
+  const int8_t* keep = dropout_row(mask_, n, first_element, s_.seed, kAttnDropoutStream, threshold_);
+  for (int64_t j = 0; j < n; j += kLanes<T>) {
+    const Vec<T> probability = load(p + j);
+    store(ds + j, probability * (keep_lanes<T>(load(ds + j) * kept_scale_, keep + j) - delta_[r]));
+    store(p + j, keep_lanes<T>(probability * kept_scale_, keep + j));
+  }
+}
+
+// Rows r and r + 1 of the two blocks as operands: paired across in place, the scores' gradients paired along too.
+template <typename U>
+void AttentionCore<U>::pair_rows(int64_t r, int64_t rows, int64_t n) {
+  if constexpr (kPaired) {
+    const bool below = r + 1 < rows;
+    T *p = scores_ + r * row_stride_, *ds = grad_scores_ + r * row_stride_;
+    U* left = grad_scores_left_ + r * row_stride_;
+    pair_across(reinterpret_cast<U*>(p), p, below ? p + row_stride_ : nullptr, n);
+    pair_along(left, ds, n);
+    if (below) pair_along(left + row_stride_, ds + row_stride_, n);
+    pair_across(reinterpret_cast<U*>(ds), ds, below ? ds + row_stride_ : nullptr, n);
+  }
+}
+
+// dst (rows, D) = (or +=) block (rows, keys) times rows [j0, ...) of right.
+template <typename U>
+void AttentionCore<U>::weighted_rows(T* dst, const U* block, const U* right, int64_t rows, int64_t j0, int64_t n,
+                                     bool add) {
+  constexpr int W = kLanes<T>;
+  const auto run = [&](auto&& sink) {
+    gemm<U>(rows, width_ / W, summed<U>(smaller(n, s_.N - j0)), Left<U>{block, row_stride_, 1},
+            Right<U>{right + j0 / kSteps<U> * width_, width_, W}, sink);
+  };
+  if (add)
+    run([dst, width = width_](int64_t m, int64_t v, Vec<T> x) {
+      T* p = dst + m * width + v * W;
+      store(p, load(p) + x);
+    });
+  else
+    run([dst, width = width_](int64_t m, int64_t v, Vec<T> x) { store(dst + m * width + v * W, x); });
+}
+
+// dst rows [j0, ...) += block^T (keys, rows) times right (rows, D).
+template <typename U>
+void AttentionCore<U>::weighted_columns(T* dst, const T* block, const U* right, int64_t rows, int64_t j0, int64_t n) {
+  constexpr int W = kLanes<T>;
+  gemm<U>(smaller(n, s_.N - j0), width_ / W, summed<U>(rows),
+          Left<U>{reinterpret_cast<const U*>(block), 1, kSteps<U> * row_stride_}, Right<U>{right, width_, W},
+          [first = dst + j0 * width_, width = width_](int64_t m, int64_t v, Vec<T> x) {
+            T* p = first + m * width + v * W;
+            store(p, load(p) + x);
+          });
+}
+
+template <typename U>
+template <typename E>
+void AttentionCore<U>::write_row(const AttentionOutputs<E>& out, int64_t i, T* row, T factor) {
+  unpack_rows(out.rows.from(i), row, width_, 1, s_.D, factor);
+  if (s_.extra == 0 || i > s_.extra) return;
+  if (i < s_.extra) {
+    const T part = factor / static_cast<T>(s_.extra);
+    for (int64_t d = 0; d < width_; ++d) extra_sum_[d] = (i ? extra_sum_[d] : T(0)) + row[d] * part;
+  } else {
+    for (int64_t d = 0; d < width_; ++d) row[d] = row[d] * factor + extra_sum_[d];
+    unpack_rows(Rows<E>{out.sum, 0}, row, width_, 1, s_.D, T(1));
+  }
+}
+
+#define FASTIB_INSTANTIATE(E)                                                                                          \
+  template void AttentionCore<Operand<E>>::forward(const AttentionInputs<E>&, const AttentionOutputs<E>&, Compute<E>*, \
+                                                   uint64_t, const ScoreTerm<Compute<E>>&);                            \
+  template void AttentionCore<Operand<E>>::backward(const AttentionGradInputs<E>&, const Compute<E>*,                  \
+                                                    const AttentionGrads<E>&, uint64_t, ScoreTerm<Compute<E>>&);
+FASTIB_INSTANTIATE(float)
+FASTIB_INSTANTIATE(double)
+FASTIB_INSTANTIATE(bfloat16)
+FASTIB_INSTANTIATE(float16)
+#undef FASTIB_INSTANTIATE
+template class AttentionCore<float>;
+template class AttentionCore<double>;
+#if defined(__AVX512BF16__)
+template class AttentionCore<BFloat16Pair>;
+#endif
+
+}  // namespace fastib::FASTIB_ISA_NAMESPACE

@@ -1,0 +1,137 @@
+// Attention with extra tokens for one instruction set; see head_token_attention.h.
+//
+// Floors of one pair, forward and backward: 14 (N + T)^2 D floating-point operations and 9 (N + T) D elements moved. As
+// in mhca_attention the arithmetic is the bound. Neither the joined tokens nor their outputs are ever stored.
+#include "head_token_attention.h"
+
+#include <limits>
+#include <new>
+
+#include "attention_core.h"
+
+namespace fastib::FASTIB_ISA_NAMESPACE {
+namespace {
+
+thread_local Scratch scratch;
+
+// No term on the scores, but -infinity behind the last key.
+template <typename T>
+class NoTerm final : public ScoreTerm<T> {
+ public:
+  static int64_t length(int64_t keys) { return round_to_lanes<T>(keys) + kLanes<T>; }
+
+  NoTerm(T* row, int64_t keys) : row_(row) {
+    for (int64_t j = 0; j < length(keys); ++j) row[j] = j < keys ? T(0) : -std::numeric_limits<T>::infinity();
+  }
+  TermRow<T> row(int64_t, int64_t j0, int64_t, T*) const override { return {row_ + j0, nullptr, nullptr}; }
+  void add_gradient(int64_t, int64_t, int64_t, const T*) override {}
+
+ private:
+  const T* row_;
+};
+
+template <typename E>
+Rows<E> rows(const HeadTokenTensor& t, int64_t b, int64_t h) {
+  return pair_rows<E>(t.p, t.stride, b, h);
+}
+
+// In the order of queries, and of keys.
+template <typename E>
+JoinedRows<E> extra_first(const HeadTokenTensor& tokens, const HeadTokenTensor& extra, int64_t T, int64_t b,
+                          int64_t h) {
+  return {rows<E>(extra, b, h), T, rows<E>(tokens, b, h)};
+}
+
+template <typename E>
+JoinedRows<E> extra_last(const HeadTokenTensor& tokens, const HeadTokenTensor& extra, int64_t N, int64_t b, int64_t h) {
+  return {rows<E>(tokens, b, h), N, rows<E>(extra, b, h)};
+}
+
+template <typename E>
+JoinedRows<const E> constant(const JoinedRows<E>& x) {
+  return {{x.first.p, x.first.stride}, x.n, {x.rest.p, x.rest.stride}};
+}
+
+// What each token attends to by itself: rows of `parts` where there are extra tokens, of `out` behind them.
+template <typename E>
+JoinedRows<E> outputs(const HeadTokenAttentionParams& p, int64_t b, int64_t h) {
+  const Rows<E> out = rows<E>(p.out, b, h);
+  if (p.T == 0) return only(out);
+  return {rows<E>(p.parts, b, h), p.T + 1, out.from(1)};
+}
+
+template <typename E>
+AttentionInputs<E> inputs(const HeadTokenAttentionParams& p, int64_t b, int64_t h) {
+  const HeadTokenInputs& x = p.inputs;
+  return {constant(extra_first<E>(x.q, x.q_extra, p.T, b, h)), constant(extra_last<E>(x.k, x.k_extra, p.N, b, h)),
+          constant(extra_last<E>(x.v, x.v_extra, p.N, b, h))};
+}
+
+// Sets up scratch, the core and the term, then runs body(core, term, b, h, pair) on units [begin, end).
+template <typename E, typename Body>
+void for_each_pair(const HeadTokenAttentionParams& p, bool backward, int64_t begin, int64_t end, Body&& body) {
+  using T = Compute<E>;
+  const int64_t tokens = p.N + p.T, length = NoTerm<T>::length(tokens);
+  const AttentionSizes sizes{tokens, p.T, p.D, p.scale, p.attn_dropout, p.seed};
+  AttentionCore<Operand<E>> core;
+  if (!scratch.reserve(core.scratch_bytes(sizes, backward) + Scratch::padded_bytes<T>(length))) throw std::bad_alloc();
+  core.init(sizes, backward, scratch);
+  NoTerm<T> term(scratch.take<T>(length), tokens);
+  for (int64_t u = begin; u < end; ++u) body(core, term, u / p.H, u % p.H, u);
+}
+
+template <typename E>
+void forward(const HeadTokenAttentionParams& p, int64_t begin, int64_t end) {
+  const int64_t tokens = p.N + p.T;
+  for_each_pair<E>(p, false, begin, end, [&](auto& core, auto& term, int64_t b, int64_t h, int64_t pair) {
+    core.forward(inputs<E>(p, b, h), AttentionOutputs<E>{outputs<E>(p, b, h), rows<E>(p.out, b, h).p},
+                 static_cast<Compute<E>*>(p.stats) + pair * 2 * tokens, static_cast<uint64_t>(pair) * tokens * tokens,
+                 term);
+  });
+}
+
+template <typename E>
+void backward(const HeadTokenAttentionGradParams& g, int64_t begin, int64_t end) {
+  const HeadTokenAttentionParams& p = g.forward;
+  const HeadTokenInputs& to = g.grads;
+  const int64_t tokens = p.N + p.T;
+  for_each_pair<E>(p, true, begin, end, [&](auto& core, auto& term, int64_t b, int64_t h, int64_t pair) {
+    const Rows<const E> grad_out = {rows<E>(g.grad_out, b, h).p, g.grad_out.stride[2]};
+    const AttentionGradInputs<E> x{inputs<E>(p, b, h), constant(outputs<E>(p, b, h)), {{grad_out.p, 0}, p.T, grad_out}};
+    const AttentionGrads<E> grads{extra_first<E>(to.q, to.q_extra, p.T, b, h),
+                                  extra_last<E>(to.k, to.k_extra, p.N, b, h),
+                                  extra_last<E>(to.v, to.v_extra, p.N, b, h)};
+    core.backward(x, static_cast<const Compute<E>*>(p.stats) + pair * 2 * tokens, grads,
+                  static_cast<uint64_t>(pair) * tokens * tokens, term);
+  });
+}
+
+}  // namespace
+
+void head_token_attention_forward(const HeadTokenAttentionParams& p, int64_t begin, int64_t end) {
+  switch (p.dtype) {
+    case DType::float32:
+      return forward<float>(p, begin, end);
+    case DType::bfloat16:
+      return forward<bfloat16>(p, begin, end);
+    case DType::float16:
+      return forward<float16>(p, begin, end);
+    case DType::float64:
+      return forward<double>(p, begin, end);
+  }
+}
+
+void head_token_attention_backward(const HeadTokenAttentionGradParams& g, int64_t begin, int64_t end) {
+  switch (g.forward.dtype) {
+    case DType::float32:
+      return backward<float>(g, begin, end);
+    case DType::bfloat16:
+      return backward<bfloat16>(g, begin, end);
+    case DType::float16:
+      return backward<float16>(g, begin, end);
+    case DType::float64:
+      return backward<double>(g, begin, end);
+  }
+}
+
+}  // namespace fastib::FASTIB_ISA_NAMESPACE
