@@ -25,8 +25,8 @@ OPS: dict[str, Op] = {}
 class Op:
     """Where one operator can run.
 
-    gpu: its GPU implementation, "triton", "cuda" or None. kernel: name of the operator that holds its kernels, where that is
-        not `name`.
+    gpu: its GPU implementation, "triton", "cuda" or None. kernel: name of the operator that holds its kernels, where
+        that is not `name`.
     """
 
     def __init__(self, name: str, gpu: str | None, kernel: str | None = None):
