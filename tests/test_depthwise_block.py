@@ -12,7 +12,6 @@ from fastib import _native
 from fastib.ops import depthwise_block
 from fastib.reference import depthwise_block_ref
 
-GPU = "reference"  # plain PyTorch is what runs there
 NAMES = ("grad_x", "grad_gamma1", "grad_beta1", "grad_weight", "grad_bias", "grad_gamma2", "grad_beta2")
 GRIDS = [(1, 1), (1, 7), (7, 1), (2, 3), (3, 5), (8, 8), (14, 14), (9, 16)]
 CHANNELS = (1, 3, 8, 16, 17, 63, 64, 65, 130)
@@ -271,8 +270,8 @@ def test_value_errors(change, message):
 
 def test_device_and_backend_errors():
     inputs = draw(2, (3, 4), 5, torch.float32)[0]
-    with pytest.raises(RuntimeError, match=r"backend='triton' is not available: depthwise_block has no GPU implem"):
-        depthwise_block(*inputs, (3, 4), backend="triton")
+    with pytest.raises(RuntimeError, match=r"backend='cuda' is not available: the GPU implementation .* is 'triton'"):
+        depthwise_block(*inputs, (3, 4), backend="cuda")
     inputs[4] = inputs[4].to("meta")
     with pytest.raises(RuntimeError, match=r"^depthwise_block: bias must be on cpu like the other inputs, got meta"):
         depthwise_block(*inputs, (3, 4))

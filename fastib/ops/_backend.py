@@ -25,15 +25,15 @@ OPS: dict[str, Op] = {}
 class Op:
     """Where one operator can run.
 
-    gpu: its GPU implementation, "triton", "cuda" or None. kernel: name of the operator that holds its kernels, where
-        that is not `name`.
+    gpu: its GPU implementation, "triton" or "cuda". kernel: name of the operator that holds its kernels, where that is
+        not `name`.
     """
 
-    def __init__(self, name: str, gpu: str | None, kernel: str | None = None):
+    def __init__(self, name: str, gpu: str, kernel: str | None = None):
         self.name, self.gpu, self.kernel = name, gpu, kernel or name
         self.no_cpu_code, self.no_gpu_code = self._why_no_cpu_code(), self._why_no_gpu_code()
         self.cpu_default = "reference" if self.no_cpu_code else "cpu"
-        self.gpu_default = "reference" if self.no_gpu_code or gpu is None else gpu
+        self.gpu_default = "reference" if self.no_gpu_code else gpu
         OPS[name] = self
 
     def _has_kernel(self, key: str) -> bool:
@@ -45,8 +45,6 @@ class Op:
         return None if self._has_kernel("CPU") else "the compiled library is older than this operator; build it again"
 
     def _why_no_gpu_code(self) -> str | None:
-        if self.gpu is None:
-            return f"{self.name} has no GPU implementation"
         if self.gpu == "triton":
             missing = importlib.util.find_spec("triton") is None
             return "triton is not installed; `pip install triton`" if missing else None
@@ -60,8 +58,6 @@ class Op:
             return None
         if backend == "cpu":
             return self.no_cpu_code
-        if self.gpu is None:
-            return self.no_gpu_code
         if backend != self.gpu:
             return f"the GPU implementation of {self.name} is {self.gpu!r}"
         if not torch.cuda.is_available():

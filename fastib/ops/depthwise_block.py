@@ -50,7 +50,7 @@ def depthwise_block(
     statistics: (4, C), the means and variances mean1, var1, mean2, var2 as constants, for evaluation. None: those over
         batch and places, through which the gradient flows; the variances are biased.
     eps: of norm1 and norm2.
-    backend: None chooses; "reference" or "cpu" insist. On a GPU it is plain PyTorch.
+    backend: None chooses; "reference", "cpu" or "triton" insist.
 
     Returns out (B, P, C) in x's dtype, and the statistics used (4, C), float32 (float64 for float64), without gradient.
     Raises ValueError for shapes, dtypes and numbers that do not fit, and for an x without elements whose statistics are
@@ -123,9 +123,12 @@ def _backward_fake(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...
     return x.new_empty(x.shape), *(t.new_empty(t.shape) for t in (gamma1, beta1, weight, bias, gamma2, beta2))
 
 
-_forward = _backend.register(_NAME, SCHEMAS[_NAME], _forward_fake)
-_backward = _backend.register("depthwise_block_backward", SCHEMAS["depthwise_block_backward"], _backward_fake)
-_OP = Op(_NAME, gpu=None)
+_forward = _backend.register(_NAME, SCHEMAS[_NAME], _forward_fake, "depthwise_block.depthwise_block_fwd")
+_backward = _backend.register(
+    "depthwise_block_backward", SCHEMAS["depthwise_block_backward"], _backward_fake,
+    "depthwise_block.depthwise_block_bwd",
+)  # fmt: skip
+_OP = Op(_NAME, gpu="triton")
 
 
 class _DepthwiseBlock(torch.autograd.Function):
