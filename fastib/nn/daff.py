@@ -56,13 +56,13 @@ class DAFF(nn.Module):
         Where it fills another square, as for an image of another size, a square grid_size gives way to it.
         """
         grid = patch_grid("DAFF", self.grid_size, x.shape[1], 1)
-        cls, patches = x[:, 0], x[:, 1:]
+        cls, patches = x.split((1, x.shape[1] - 1), dim=1)
         hidden = F.linear(patches, self.conv1.weight.flatten(1), self.conv1.bias)
         mixed = self._fused(hidden, grid) if self._can_fuse(hidden) else self._layers(hidden, grid)
         y = F.linear(mixed, self.conv3.weight.flatten(1), self.conv3.bias)
         y = _on_grid(self.norm3, y, grid)
         weight = self.expand(F.gelu(self.reduce(y.mean(dim=1))))
-        return torch.cat(((cls * weight).unsqueeze(1), y), dim=1)
+        return torch.cat((cls * weight.unsqueeze(1), y), dim=1)
 
     def _can_fuse(self, hidden: Tensor) -> bool:
         """Plain BatchNorms in one mode, as they are built; synchronised ones need all processes between the passes."""
