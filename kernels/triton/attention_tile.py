@@ -15,14 +15,22 @@ ATTN_STREAM = tl.constexpr(0)  # element ((b H + h) N + i) N + j
 
 
 @triton.jit
-def load_rows(ptr, start, ROWS: tl.constexpr, stride, N, D: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr):
-    """Rows start ... start + ROWS - 1 of (N, D) as (ROWS, BLOCK_D); zeros outside. FULL: all rows are inside.
+def row_pointers(ptr, start, ROWS: tl.constexpr, stride, BLOCK_D: tl.constexpr):
+    """Pointers to rows start ... start + ROWS - 1 as (ROWS, BLOCK_D).
 
     The tile's base is a 64-bit scalar, so that the offsets in it need 32 bits.
     """
     rows = tl.arange(0, ROWS)[:, None]
     dims = tl.arange(0, BLOCK_D)[None, :]
-    ptrs = ptr + (tl.zeros((), tl.int64) + start) * stride + (rows * stride + dims)
+    return ptr + (tl.zeros((), tl.int64) + start) * stride + (rows * stride + dims)
+
+
+@triton.jit
+def load_rows(ptr, start, ROWS: tl.constexpr, stride, N, D: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr):
+    """Rows start ... start + ROWS - 1 of (N, D) as (ROWS, BLOCK_D); zeros outside. FULL: all rows are inside."""
+    rows = tl.arange(0, ROWS)[:, None]
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    ptrs = row_pointers(ptr, start, ROWS, stride, BLOCK_D)
     if FULL and BLOCK_D == D:
         return tl.load(ptrs)
     elif FULL:
@@ -35,37 +43,31 @@ def load_rows(ptr, start, ROWS: tl.constexpr, stride, N, D: tl.constexpr, BLOCK_
 def store_rows(ptr, start, ROWS: tl.constexpr, stride, value, N, D: tl.constexpr, BLOCK_D: tl.constexpr):
     rows = tl.arange(0, ROWS)[:, None]
     dims = tl.arange(0, BLOCK_D)[None, :]
-    ptrs = ptr + (tl.zeros((), tl.int64) + start) * stride + (rows * stride + dims)
+    ptrs = row_pointers(ptr, start, ROWS, stride, BLOCK_D)
     tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=(rows < N - start) & (dims < D))
 
 
 @triton.jit
-def row_pointers(ptr, start, ROWS: tl.constexpr, stride):
-    """Pointers to rows start ... start + ROWS - 1, (ROWS,)."""
-    return ptr + (tl.zeros((), tl.int64) + start) * stride + tl.arange(0, ROWS) * stride
-
-
-@triton.jit
-def joined_rows(ptr, start, ROWS: tl.constexpr, stride, other_ptr, other_row, other_stride, other):
-    """Pointers to rows start ... start + ROWS - 1, or, where `other`, to rows `other_row` of another tensor: (ROWS, 1).
-
-    other, other_row: (ROWS,); what is not read may lie outside.
-    """
-    near = row_pointers(ptr, start, ROWS, stride)
-    return tl.where(other, other_ptr + other_row * other_stride, near)[:, None]
-
-
-@triton.jit
-def load_at(rows, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows at (ROWS, 1) pointers as (ROWS, BLOCK_D); zeros where not `inside`, (ROWS,)."""
+def joined_pointers(
+    ptr, start, ROWS: tl.constexpr, stride, other_ptr, other_row, other_stride, other, BLOCK_D: tl.constexpr
+):
+    """row_pointers, or, where `other`, pointers to rows `other_row` of another tensor. other, other_row: (ROWS,)."""
     dims = tl.arange(0, BLOCK_D)[None, :]
-    return tl.load(rows + dims, mask=inside[:, None] & (dims < D), other=0.0)
+    far = other_ptr + (other_row[:, None] * other_stride + dims)
+    # chosen element by element: of a chosen row the compiler does not know that 16 bytes can be read at once
+    return tl.where(other[:, None], far, row_pointers(ptr, start, ROWS, stride, BLOCK_D))
 
 
 @triton.jit
-def store_at(rows, value, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_at(ptrs, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What (ROWS, BLOCK_D) pointers point to; zeros in rows that are not `inside`, (ROWS,), and from column D on."""
+    return tl.load(ptrs, mask=inside[:, None] & (tl.arange(0, BLOCK_D)[None, :] < D), other=0.0)
+
+
+@triton.jit
+def store_at(ptrs, value, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
     dims = tl.arange(0, BLOCK_D)[None, :]
-    tl.store(rows + dims, value.to(rows.dtype.element_ty), mask=inside[:, None] & (dims < D))
+    tl.store(ptrs, value.to(ptrs.dtype.element_ty), mask=inside[:, None] & (dims < D))
 
 
 @triton.jit

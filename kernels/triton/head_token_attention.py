@@ -23,7 +23,7 @@ from .attention_tile import (
     bwd_kv_tile,
     bwd_q_tile,
     fwd_tile,
-    joined_rows,
+    joined_pointers,
     load_at,
     load_rows,
     row_pointers,
@@ -43,8 +43,8 @@ def _load_joined(
     ptr, stride, extra_ptr, extra_stride = x
     if JOIN:
         j = start + tl.arange(0, ROWS)
-        rows = joined_rows(ptr, start, ROWS, stride, extra_ptr, j - N, extra_stride, j >= N)
-        return load_at(rows, j < N + T, D, BLOCK_D)
+        ptrs = joined_pointers(ptr, start, ROWS, stride, extra_ptr, j - N, extra_stride, j >= N, BLOCK_D)
+        return load_at(ptrs, j < N + T, D, BLOCK_D)
     else:
         return load_rows(ptr, start, ROWS, stride, N, D, BLOCK_D, FULL)
 
@@ -63,8 +63,8 @@ def _load_queries(
     do = _load_joined((do_ptr, stride_don, do_ptr, 0), start, ROWS, N, T, D, BLOCK_D, FULL, JOIN)
     if EXTRA:
         part = tl.where(i == 0, T, i - N)
-        rows = joined_rows(o_ptr, start, ROWS, stride_on, parts_ptr, part, D, (i == 0) | (i >= N))
-        o = load_at(rows, i < N + T, D, BLOCK_D)
+        ptrs = joined_pointers(o_ptr, start, ROWS, stride_on, parts_ptr, part, D, (i == 0) | (i >= N), BLOCK_D)
+        o = load_at(ptrs, i < N + T, D, BLOCK_D)
     else:
         o = load_rows(o_ptr, start, ROWS, stride_on, N, D, BLOCK_D, FULL)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
@@ -84,8 +84,8 @@ def _store_joined(
     j = start + tl.arange(0, ROWS)
     ptr += (b * N * H + h) * D
     extra_ptr += (b * T * H + h) * D
-    rows = joined_rows(ptr, start, ROWS, H * D, extra_ptr, j - N, H * D, j >= N)
-    store_at(rows, value, j < N + T, D, BLOCK_D)
+    ptrs = joined_pointers(ptr, start, ROWS, H * D, extra_ptr, j - N, H * D, j >= N, BLOCK_D)
+    store_at(ptrs, value, j < N + T, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -138,8 +138,8 @@ def head_token_attention_fwd_kernel(
         row = start_m + tl.arange(0, BLOCK_M)
         i = tl.where(row < T, N + row, row - T)
         if EXTRA:
-            q_rows = joined_rows(q_ptr, start_m - T, BLOCK_M, stride_qn, qx_ptr, row, stride_qxn, row < T)
-            q = load_at(q_rows, row < tokens, D, BLOCK_D)
+            ptrs = joined_pointers(q_ptr, start_m - T, BLOCK_M, stride_qn, qx_ptr, row, stride_qxn, row < T, BLOCK_D)
+            q = load_at(ptrs, row < tokens, D, BLOCK_D)
         else:
             q = load_rows(q_ptr, start_m, BLOCK_M, stride_qn, N, D, BLOCK_D, False)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -167,11 +167,14 @@ def head_token_attention_fwd_kernel(
         out = acc / norm[:, None]
         if EXTRA:  # noqa: SIM102
             if start_m == 0:  # the extra tokens and row 0, which is row T here
-                store_at(parts_ptr + (row * D)[:, None], out, row <= T, D, BLOCK_D)
-                mean = tl.sum(tl.where((row < T)[:, None], out, 0.0), 0) / T.to(tl.float32)
-                out = tl.where((row == T)[:, None], out + mean[None, :], out)
-        out_rows = row_pointers(out_ptr, start_m - T, BLOCK_M, H * D)
-        store_at(out_rows[:, None], out, (row >= T) & (row < tokens), D, BLOCK_D)
+                store_at(row_pointers(parts_ptr, 0, BLOCK_M, D, BLOCK_D), out, row <= T, D, BLOCK_D)
+                weight = tl.where(row < T, 1.0 / T.to(tl.float32), 1.0)[:, None]
+                total = tl.sum(tl.where((row <= T)[:, None], out * weight, 0.0), 0)
+                dims = tl.arange(0, BLOCK_D)
+                tl.store(out_ptr + dims, total.to(out_ptr.dtype.element_ty), mask=dims < D)
+        first = T + 1 if EXTRA else 0
+        ptrs = row_pointers(out_ptr, start_m - T, BLOCK_M, H * D, BLOCK_D)
+        store_at(ptrs, out, (row >= first) & (row < tokens), D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -229,16 +232,20 @@ def head_token_attention_bwd_kernel(
         q, do, delta, top, log_sum = _load_queries(
             queries, own, start_m, BLOCK_M, N, T, D, BLOCK_D, False, EXTRA, EXTRA
         )
-        tiles = (q, do, delta, top)
+        row_tiles = (q, do, delta, top)
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for start in range(0, full, BLOCK_N):
-            k = _load_joined(k_rows, start, BLOCK_N, N, T, D, BLOCK_D, True, JOIN)
-            v = _load_joined(v_rows, start, BLOCK_N, N, T, D, BLOCK_D, True, JOIN)
-            dq, _ = bwd_q_tile(dq, tiles, (k, v), None, own, start, tokens, scale_log2, drop, ATTN, BLOCK_N, True)
+            k_tile = _load_joined(k_rows, start, BLOCK_N, N, T, D, BLOCK_D, True, JOIN)
+            v_tile = _load_joined(v_rows, start, BLOCK_N, N, T, D, BLOCK_D, True, JOIN)
+            dq, _ = bwd_q_tile(
+                dq, row_tiles, (k_tile, v_tile), None, own, start, tokens, scale_log2, drop, ATTN, BLOCK_N, True
+            )
         if TAIL > 0:
-            k = _load_joined(k_rows, full, TAIL, N, T, D, BLOCK_D, False, EXTRA)
-            v = _load_joined(v_rows, full, TAIL, N, T, D, BLOCK_D, False, EXTRA)
-            dq, _ = bwd_q_tile(dq, tiles, (k, v), None, own, full, tokens, scale_log2, drop, ATTN, TAIL, False)
+            k_tile = _load_joined(k_rows, full, TAIL, N, T, D, BLOCK_D, False, EXTRA)
+            v_tile = _load_joined(v_rows, full, TAIL, N, T, D, BLOCK_D, False, EXTRA)
+            dq, _ = bwd_q_tile(
+                dq, row_tiles, (k_tile, v_tile), None, own, full, tokens, scale_log2, drop, ATTN, TAIL, False
+            )
         dq = dq * (tl.exp2(-log_sum) * scale)[:, None]
         _store_joined(dq_ptr, dqx_ptr, b, h, H, start_m, BLOCK_M, dq, N, T, D, BLOCK_D)
 

@@ -30,8 +30,9 @@ def _row_term(
     """Position term of queries i against keys start ... start + WIDTH - 1, with u, w, r, and where it acts."""
     y_i, x_i, slope, center_sq, h, grid_w, rpe_ptr = rows
     lane = tl.arange(0, WIDTH)
+    j = start + lane
     y_j, x_j = grid_position(start, WIDTH, grid_w, P)
-    inside = (start + lane)[None, :] >= P
+    inside = j[None, :] >= P
     if RPE:  # the mask's bits are 0 on prefix tokens
         inside = bit(rpe_bits(rpe_ptr, h, i, start, N, WIDTH)[:, None], lane[None, :])
     bias, u, w, r = position_exponent(
