@@ -67,6 +67,7 @@ def peer_rows(case: dict) -> list[list[str]]:
         share = peer.get("shares", {})
         loop = next((value for key, value in share.items() if key.startswith(("fma", "dot"))), None)
         gemm = next((value for key, value in share.items() if key.startswith("gemm")), None)
+        parts = loop, gemm, share.get("copy")
         rows.append(
             [
                 name,
@@ -74,7 +75,7 @@ def peer_rows(case: dict) -> list[list[str]]:
                 f"{peer['spread']:.0%}",
                 f"{ours / peer['median_ms']:.2f}" if ours else "",
                 f"{peer['gflops']:.0f}" if "gflops" in peer else "",
-                " / ".join("-" if value is None else f"{value:.0%}" for value in (loop, gemm)) if share else "",
+                " / ".join("-" if value is None else f"{value:.0%}" for value in parts) if share else "",
                 size_text(peer.get("peak_extra_bytes")),
                 f"{peer['error']:.0e}" if "error" in peer else "",
                 peer["note"],
@@ -83,7 +84,7 @@ def peer_rows(case: dict) -> list[list[str]]:
     return rows
 
 
-HEAD = ["peer", "ms", "spread", "ours / it", "GFLOP/s", "of loop / GEMM", "extra MiB", "error", ""]
+HEAD = ["peer", "ms", "spread", "ours / it", "GFLOP/s", "of loop / GEMM / copy", "extra MiB", "error", ""]
 
 
 def aligned(rows: list[list[str]]) -> list[str]:

@@ -3,12 +3,15 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "tensor.h"
 
 namespace fastib {
 namespace {
+
+constexpr int64_t kUnits = 64;  // at least so many units, where there are heads for it
 
 // Checks everything the kernel relies on and fills in all but `probs`. q and k get dense rows.
 ClsAttentionParams make_params(Tensor& q, Tensor& k, double scale) {
@@ -23,6 +26,8 @@ ClsAttentionParams make_params(Tensor& q, Tensor& k, double scale) {
   for (int i = 0; i < 2; ++i) params.q_stride[i] = q.stride(i);
   for (int i = 0; i < 3; ++i) params.k_stride[i] = k.stride(i);
   params.scale = scale;
+  // All heads of an image together, as long as there are images for many threads.
+  params.groups = params.B ? std::min(params.H, (kUnits + params.B - 1) / params.B) : 0;
   return params;
 }
 
@@ -34,7 +39,7 @@ Tensor forward(Tensor q, Tensor k, int64_t num_prefix_tokens, double scale, bool
   if (probs.numel() == 0) return probs;
   params.first_key = over_all ? 0 : num_prefix_tokens;
   params.probs = probs.mutable_data_ptr();
-  torch::stable::parallel_for(0, params.B * params.H, 1,
+  torch::stable::parallel_for(0, params.B * params.groups, 1,
                               [&](int64_t begin, int64_t end) { cls_attention_forward(params, begin, end); });
   return probs;
 }
@@ -54,7 +59,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Tensor prob
   params.grad_q = grad_q.mutable_data_ptr(), params.grad_k = grad_k.mutable_data_ptr();
   for (int i = 0; i < 2; ++i) params.grad_q_stride[i] = grad_q.stride(i);
   for (int i = 0; i < 3; ++i) params.grad_k_stride[i] = grad_k.stride(i);
-  torch::stable::parallel_for(0, B * H, 1,
+  torch::stable::parallel_for(0, B * params.forward.groups, 1,
                               [&](int64_t begin, int64_t end) { cls_attention_backward(params, begin, end); });
   return {grad_q, grad_k};
 }

@@ -14,7 +14,6 @@
 namespace fastib {
 namespace {
 
-const std::vector<int> kColumnsLast = {0, 1, 2, 3}, kChannelsLast = {0, 2, 3, 1};
 const std::vector<int> kWeightColumnsLast = {0, 1, 2, 3, 4, 5}, kWeightTapsLast = {0, 4, 5, 1, 2, 3};
 
 template <size_t n>
@@ -50,7 +49,7 @@ struct Call {
                     " groups as channels, but has ", p.C);
     check_shape(x, "x", x, {p.B, p.C, p.Hi, p.Wi});
     check_shape(weight, "weight", x, {p.B, p.G, p.K, p.K, p.Ho, p.Wo});
-    p.channels_last = x.stride(1) == 1 && x.stride(3) != 1;
+    p.channels_last = is_channels_last(x);
     if (empty()) return;
 
     x = readable(x);

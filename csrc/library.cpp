@@ -3,6 +3,11 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastib, m) {
+  m.def(
+      "feature_alignment(Tensor student, Tensor teacher, bool center, float eps, bool gradient) -> (Tensor loss, "
+      "Tensor direction, Tensor factor)");
+  m.def("feature_alignment_backward(Tensor grad, Tensor direction, Tensor factor, int tokens) -> Tensor");
+  m.def("generalized_conv_shift(Tensor x, int num_heads, bool inverse) -> Tensor");
   m.def("involution(Tensor x, Tensor weight, int stride, int dilation) -> Tensor");
   m.def(
       "involution_backward(Tensor grad_out, Tensor x, Tensor weight, int stride, int dilation) -> (Tensor grad_x, "

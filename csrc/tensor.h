@@ -117,6 +117,11 @@ inline Tensor empty_in_order(const Tensor& like, const std::vector<int64_t>& siz
   return Tensor(handle);
 }
 
+// The two orders of a (B, C, rows, columns) image, and which of them `t` is in; an image in neither counts as the
+// first.
+inline const std::vector<int> kColumnsLast = {0, 1, 2, 3}, kChannelsLast = {0, 2, 3, 1};
+inline bool is_channels_last(const Tensor& t) { return t.stride(1) == 1 && t.stride(3) != 1; }
+
 // A copy of `t` in that order.
 inline Tensor copy_in_order(const Tensor& t, const std::vector<int>& order) {
   Tensor copy = empty_in_order(t, std::vector<int64_t>(t.sizes().begin(), t.sizes().end()), order);

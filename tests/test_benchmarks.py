@@ -27,6 +27,7 @@ harness, report = module("harness"), module("report")
 machine, memory, ceilings = module("machine"), module("memory"), module("ceilings")
 mhca, house = module("peers.mhca_attention"), module("house")
 involution = module("peers.involution")
+generalized_conv = module("peers.generalized_conv")
 
 
 def right_step(checking):
@@ -146,6 +147,17 @@ def test_peers_of_involution_agree_with_the_reference(layout, dtype, stride):
     inputs = involution.Inputs(involution.Case(2, 32, 9, dtype, "train", 3, stride, layout))
     peers = [peer for peer in involution.peers(inputs) if "compiled" not in peer.name]
     _, seen = harness.admit(peers, involution.reference(inputs, images=1), involution.allowed(dtype))
+    assert {name: measured.reason for name, measured in seen.items()} == dict.fromkeys(seen, "")
+
+
+@pytest.mark.parametrize("part", ["conv", "shift"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_peers_of_generalized_conv_agree_with_the_reference(layout, dtype, part):
+    case = generalized_conv.Case(2, 36, 9, 7, dtype, "train", layout, part)
+    inputs = generalized_conv.Inputs(case)
+    peers = [peer for peer in generalized_conv.peers(inputs) if "compiled" not in peer.name]
+    _, seen = harness.admit(peers, generalized_conv.reference(inputs), case.allowed())
     assert {name: measured.reason for name, measured in seen.items()} == dict.fromkeys(seen, "")
 
 
@@ -280,7 +292,7 @@ def test_compiled_peers_are_left_out_first(monkeypatch):
     assert house.House(house.Options()).hurried(slow) is slow
 
 
-@pytest.mark.parametrize("op", ["mhca_attention", "involution"])
+@pytest.mark.parametrize("op", ["mhca_attention", "head_token_attention", "involution", "generalized_conv"])
 def test_every_case_names_its_peers_and_goals_once(op):
     bench = module(f"bench_{op}")
     for device in ("cpu", "cuda"):
@@ -294,7 +306,7 @@ def test_every_case_names_its_peers_and_goals_once(op):
             assert {goal.case for goal in job.goals} <= {"", *(other.key for other in jobs)}
 
 
-@pytest.mark.parametrize("op", ["mhca_attention", "involution"])
+@pytest.mark.parametrize("op", ["mhca_attention", "head_token_attention", "involution", "generalized_conv"])
 def test_the_memory_checkers_small_case_passes_its_gate(op):
     job = module(f"bench_{op}").small_job("cpu")
     _, seen = harness.admit(job.peers[:1], job.reference(), job.allowed)

@@ -90,6 +90,11 @@ def test_layouts(target, layout, dtype):
     check(target, q, k, grad_out)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_gradient_larger_than_the_caches(target, dtype):
+    check(target, *draw(11, 6, 800, 64, dtype))
+
+
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 80), st.integers(1, 70), st.sampled_from(DTYPES), st.booleans()

@@ -53,7 +53,11 @@ class Method(nn.Module):
     """True where some steps leave trainable parameters without a gradient (a second stage that drops a part)."""
 
     analyses: ClassVar[dict[str, Callable[..., Analysis]]] = {}
-    """What ``fastib analyze NAME RUN key=value`` calls: f(state dict of the trained method, output folder, **keys)."""
+    """What ``fastib analyze NAME RUN key=value`` calls: f(state dict of the trained method, output folder, **keys).
+
+    A parameter `student` gets the trained student in eval mode, a parameter `images` a function of a count that gives
+    evaluation images (count, C, H, W), as the student sees them and as pictures in [0, 1].
+    """
 
     def __init__(self, options: Any, student: nn.Module, num_classes: int, load_teacher: LoadTeacher):
         super().__init__()

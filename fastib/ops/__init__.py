@@ -3,6 +3,8 @@
 from fastib.ops._backend import backends
 from fastib.ops.attention_link import attention_link_loss, augment_attention
 from fastib.ops.cls_attention import cls_attention_maps
+from fastib.ops.feature_alignment import feature_alignment_loss
+from fastib.ops.generalized_conv import generalized_conv
 from fastib.ops.head_token_attention import head_token_attention
 from fastib.ops.involution import involution
 from fastib.ops.mhca_attention import mhca_attention
@@ -12,6 +14,8 @@ __all__ = [
     "augment_attention",
     "backends",
     "cls_attention_maps",
+    "feature_alignment_loss",
+    "generalized_conv",
     "head_token_attention",
     "involution",
     "mhca_attention",

@@ -23,17 +23,21 @@ OPS: dict[str, Op] = {}
 
 
 class Op:
-    """Where one operator can run. `gpu` names its GPU implementation: "triton" or "cuda"."""
+    """Where one operator can run.
 
-    def __init__(self, name: str, gpu: str):
-        self.name, self.gpu = name, gpu
+    gpu: its GPU implementation, "triton" or "cuda". kernel: name of the operator that holds its kernels, where that is
+        not `name`.
+    """
+
+    def __init__(self, name: str, gpu: str, kernel: str | None = None):
+        self.name, self.gpu, self.kernel = name, gpu, kernel or name
         self.no_cpu_code, self.no_gpu_code = self._why_no_cpu_code(), self._why_no_gpu_code()
         self.cpu_default = "reference" if self.no_cpu_code else "cpu"
         self.gpu_default = "reference" if self.no_gpu_code else gpu
         OPS[name] = self
 
     def _has_kernel(self, key: str) -> bool:
-        return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastib::{self.name}", key)
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastib::{self.kernel}", key)
 
     def _why_no_cpu_code(self) -> str | None:
         if not _native.lib_available():
@@ -131,6 +135,19 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype) for t in tensors)
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether the kernels take a (B, C, rows, columns) image for channels_last."""
+    return x.stride(1) == 1 and x.stride(3) != 1
+
+
+def empty_image(x: Tensor, rows: int, columns: int) -> Tensor:
+    """A new image of another size, dense and in the memory format of `x`."""
+    batch, channels = x.shape[:2]
+    if channels_last(x):
+        return x.new_empty((batch, rows, columns, channels)).permute(0, 3, 1, 2)
+    return x.new_empty((batch, channels, rows, columns))
 
 
 def seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -82,27 +82,16 @@ def _out_size(size: int, stride: int) -> int:
 
 
 def _forward_fake(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
-    return _empty_image(x, *weight.shape[4:])
+    return _backend.empty_image(x, *weight.shape[4:])
 
 
 def _backward_fake(grad_out: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int) -> tuple[Tensor, Tensor]:
-    if _channels_last(x):
+    if _backend.channels_last(x):
         batch, groups, kernel, _, rows, columns = weight.shape
         grad_weight = x.new_empty((batch, rows, columns, groups, kernel, kernel)).permute(0, 3, 4, 5, 1, 2)
     else:
         grad_weight = x.new_empty(weight.shape)
-    return _empty_image(x, *x.shape[2:]), grad_weight
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.stride(1) == 1 and x.stride(3) != 1
-
-
-def _empty_image(x: Tensor, rows: int, columns: int) -> Tensor:
-    batch, channels = x.shape[:2]
-    if _channels_last(x):
-        return x.new_empty((batch, rows, columns, channels)).permute(0, 3, 1, 2)
-    return x.new_empty((batch, channels, rows, columns))
+    return _backend.empty_image(x, *x.shape[2:]), grad_weight
 
 
 _forward = _backend.register(_NAME, SCHEMAS[_NAME], _forward_fake)

@@ -55,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         "with --localization: draw the attention on the first N images, into RUN/overlays"))  # fmt: skip
     evaluate.set_defaults(run=_eval)
     analyze = commands.add_parser("analyze", help="read something off a finished run", description=(
-        "Options are key=value. For a run of the method aal: links threshold=0.05"))  # fmt: skip
+        "Options are key=value. For a run of the method aal: links threshold=0.05; "
+        "for one of dhvt: head-tokens layer=2 count=8"))  # fmt: skip
     analyze.add_argument("name", metavar="WHAT")
     analyze.add_argument("folder", metavar="RUN")
     analyze.add_argument("words", nargs="*", metavar="key=value")

@@ -32,6 +32,7 @@ class AugmentConfig:
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    crop_padding: int | None = None  # for scale and ratio: crop the image's size of the padded image
     hflip: float = 0.5
     vflip: float = 0.0
     color_jitter: float = 0.4
@@ -58,7 +59,7 @@ class AugmentConfig:
 class DataConfig:
     """The images. ``batch_size`` counts images per optimizer step, over all processes and accumulated micro-batches."""
 
-    name: str = "digits"  # digits, folder, or any name of timm's create_dataset (torch/cifar10, hfds/..., wds/...)
+    name: str = "digits"  # digits, folder, cifar10, cifar100, or a name of timm's create_dataset (hfds/..., wds/...)
     path: str | None = None
     train_split: str = "train"
     eval_split: str = "validation"
@@ -67,7 +68,7 @@ class DataConfig:
     download: bool = False
     train_fraction: float = 1.0  # stratified subset of the training images
     split_seed: int = 0
-    img_size: int | None = None  # None: 8 for digits, 224 otherwise
+    img_size: int | None = None  # None: 8 for digits, 32 for CIFAR, 224 otherwise
     in_chans: int | None = None  # None: 1 for digits, 3 otherwise
     num_classes: int | None = None  # None: as the data set says
     mean: list[float] | None = None  # None: ImageNet's, or those of the digits
@@ -283,6 +284,8 @@ def check(config: TrainConfig) -> None:
         "data.eval_batch_size": data.eval_batch_size,
         "data.augment.repeats": augment.repeats,
     }
+    if augment.crop_padding is not None and augment.crop_padding < 0:
+        raise ConfigError(f"data.augment.crop_padding must be at least 0, got {augment.crop_padding}")
     if config.steps is not None:
         positive["steps"] = config.steps
     for key, value in positive.items():

@@ -1,4 +1,4 @@
-"""From a `DataConfig` to loaders: the digits, an image folder, or whatever timm's create_dataset reads."""
+"""From a `DataConfig` to loaders: the digits, an image folder, CIFAR, or whatever timm's create_dataset reads."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from sklearn.model_selection import train_test_split
 from timm.data import create_dataset, create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.transforms import str_to_interp_mode
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.transforms import RandomCrop
+from torchvision.transforms.functional import resize
 
-from fastib.train import digits
+from fastib.train import cifar, digits
 from fastib.train.config import DataConfig
 from fastib.train.errors import DataError
 from fastib.train.sampling import EvalBatches, Key, Stream, TrainBatches
@@ -99,6 +102,17 @@ class Images(Dataset):
             raise DataError(f"cannot read the image {name}: {error}") from error
 
 
+class PaddedCrop:
+    """Crops a square of an image's shorter side out of the image padded by so many pixels, and resizes it to `size`."""
+
+    def __init__(self, padding: int, size: int, interpolation: str):
+        self.padding, self.size, self.mode = padding, size, str_to_interp_mode(interpolation)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        crop = RandomCrop(min(image.size), padding=self.padding)(image)
+        return crop if crop.size == (self.size, self.size) else resize(crop, [self.size, self.size], self.mode)
+
+
 def build_data(config: DataConfig, seed: int = 0, rank: int = 0) -> Data:
     """Open the data sets that `config` names, and fill its None fields (sizes, classes, mean, std).
 
@@ -106,7 +120,7 @@ def build_data(config: DataConfig, seed: int = 0, rank: int = 0) -> Data:
         DataError: a missing path, a path without classes, an empty class, splits or ``num_classes`` that disagree.
     """
     small = config.name == "digits"
-    config.img_size = config.img_size or (8 if small else 224)
+    config.img_size = config.img_size or (8 if small else 32 if config.name in cifar.NAMES else 224)
     config.in_chans = config.in_chans or (1 if small else 3)
     if config.in_chans not in (1, 3):
         raise DataError(f"data.in_chans must be 1 or 3, got {config.in_chans}")
@@ -157,6 +171,10 @@ def _open(config: DataConfig, split: str, training: bool, mode: str):
         raise DataError("data.path (--data) is needed for an image folder")
     if config.path and not config.download and not os.path.exists(config.path):
         raise DataError(f"the data path {config.path} does not exist")
+    if config.name in cifar.NAMES:
+        if config.path is None:
+            raise DataError(f"data.path (--data) is needed for {config.name}: an archive as published, or its folder")
+        return cifar.Cifar(config.name, Path(config.path), training=training)
     options = {} if config.name.startswith("torch/") else {"input_img_mode": mode}
     try:
         dataset = create_dataset(
@@ -235,8 +253,11 @@ def _transform(config: DataConfig, training: bool):
     }  # fmt: skip
     if not training:
         return create_transform(**options, crop_pct=config.crop_pct)
-    return create_transform(
+    transform = create_transform(
         **options, scale=tuple(a.scale), ratio=tuple(a.ratio), hflip=a.hflip, vflip=a.vflip,
         color_jitter=a.color_jitter, auto_augment=a.auto_augment,
         re_prob=a.reprob, re_mode=a.remode, re_count=a.recount,
     )  # fmt: skip
+    if a.crop_padding is not None:
+        transform.transforms[0] = PaddedCrop(a.crop_padding, config.img_size, a.interpolation)
+    return transform

@@ -1,41 +1,86 @@
 // Attention of the class token alone for one instruction set; see cls_attention.h.
 //
-// Floors of one pair: the forward reads N D elements of k and does 2 N D operations, the backward reads them again and
-// writes as many: memory is the bound, so each key is touched once in each direction and nothing is packed.
+// Floors of one image: the forward reads the H N D elements of k, the backward reads them again and writes as many:
+// memory is the bound. So a block of tokens is taken through all heads before the next: where the heads of a token are
+// neighbours, as in views of a packed qkv, k is read from front to back, and the lines of the next block are asked for
+// while this one is worked on.
 #include "cls_attention.h"
 
 #include <cmath>
 #include <limits>
 #include <new>
 
-#include "pack.h"
+#include "stream.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 namespace {
 
 thread_local Scratch scratch;
 
+constexpr int64_t kTokens = 8;  // of a block of the backward
 constexpr double kLog2e = 1.4426950408889634;
 
-// Dot products of q (D, padded with zeros to whole vectors) with lanes-many rows of k, a row in each lane.
+// Asks for the cache lines of `bytes` that lie `ahead` bytes behind p; they need not exist.
+inline void prefetch(const void* p, int64_t ahead, int64_t bytes) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(at + i));
+}
+
+// The heads of one unit.
+struct Unit {
+  int64_t b, first, heads;
+  Unit(const ClsAttentionParams& p, int64_t u) : b(u / p.groups) {
+    const int64_t group = u % p.groups;
+    first = group * p.H / p.groups;
+    heads = (group + 1) * p.H / p.groups - first;
+  }
+};
+
+// One head's query (D) times a factor, in the order of load_two, and back.
 template <typename E, typename T>
-Vec<T> dots(const T* q, Rows<const E> k, int64_t D) {
+void pack_query(T* dst, const E* row, int64_t D, T factor) {
+  constexpr int W = kLanes<T>;
+  int64_t d = 0;
+  for (; d + 2 * W <= D; d += 2 * W) {
+    Vec<T> a, b;
+    load_two(row + d, a, b);
+    store(dst + d, a * factor), store(dst + d + W, b * factor);
+  }
+  for (; d < D; ++d) dst[d] = load_float(row + d) * factor;
+}
+
+template <typename E, typename T>
+void unpack_query(E* row, const T* src, int64_t D) {
+  constexpr int W = kLanes<T>;
+  int64_t d = 0;
+  for (; d + 2 * W <= D; d += 2 * W) store_two(row + d, load(src + d), load(src + d + W));
+  for (; d < D; ++d) store_float(row + d, src[d]);
+}
+
+// Dot products of a packed query with the first n of lanes-many rows of k, a row in each lane; the other lanes repeat
+// the last one. The rows `ahead` bytes on are prefetched.
+template <typename E, typename T>
+Vec<T> dots(const T* q, Rows<const E> k, int64_t n, int64_t D, int64_t ahead) {
   constexpr int W = kLanes<T>;
   Vec<T> sums[W];
   for (int l = 0; l < W; ++l) {
-    const E* row = k.row(l);
-    Vec<T> sum{};
+    const E* row = k.row(smaller(l, n - 1));
+    prefetch(row, ahead, D * sizeof(E));
+    Vec<T> sum{}, other{};
     int64_t d = 0;
+    for (; d + 2 * W <= D; d += 2 * W) {
+      Vec<T> a, b;
+      load_two(row + d, a, b);
+      sum += load(q + d) * a;
+      other += load(q + d + W) * b;
+    }
     for (; d + W <= D; d += W) sum += load(q + d) * load_row(row + d);
     T rest = 0;
     for (; d < D; ++d) rest += q[d] * load_float(row + d);
     sum[0] += rest;
-    sums[l] = sum;
+    sums[l] = sum + other;
   }
-  transpose<T>(sums);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
-  return sums[0];
+  return sum_each<T>(sums);
 }
 
 // Scores in units of log 2 to probabilities; n is a whole number of vectors, padding holds -infinity.
@@ -60,88 +105,131 @@ void forward(const ClsAttentionParams& p, int64_t begin, int64_t end) {
   using T = Compute<E>;
   constexpr int W = kLanes<T>;
   const int64_t width = round_to_lanes<T>(p.D), keys = p.N - p.first_key, padded = round_to_lanes<T>(keys);
-  if (!scratch.reserve(Scratch::padded_bytes<T>(width) + Scratch::padded_bytes<T>(padded))) throw std::bad_alloc();
-  T* q = scratch.take<T>(width);
-  T* scores = scratch.take<T>(padded);
+  if (!scratch.reserve(Scratch::padded_bytes<T>(p.H * width) + Scratch::padded_bytes<T>(p.H * padded)))
+    throw std::bad_alloc();
+  T* q = scratch.take<T>(p.H * width);
+  T* scores = scratch.take<T>(p.H * padded);
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t b = u / p.H, h = u % p.H;
-    const E* q_row = static_cast<const E*>(p.q) + b * p.q_stride[0] + h * p.q_stride[1];
-    const Rows<const E> k{static_cast<const E*>(p.k) + b * p.k_stride[0] + h * p.k_stride[1], p.k_stride[2]};
-    E* probs = static_cast<E*>(p.probs) + u * p.N;
-    for (int64_t d = 0; d < width; ++d)
-      q[d] = d < p.D ? load_float(q_row + d) * static_cast<T>(p.scale * kLog2e) : T(0);
-    int64_t j = 0;
-    for (; j + W <= keys; j += W) store(scores + j, dots<E, T>(q, k.from(p.first_key + j), p.D));
-    for (; j < keys; ++j) {
-      const E* row = k.row(p.first_key + j);
-      T sum = 0;
-      for (int64_t d = 0; d < p.D; ++d) sum += q[d] * load_float(row + d);
-      scores[j] = sum;
+    const Unit unit(p, u);
+    const E* q_rows = static_cast<const E*>(p.q) + unit.b * p.q_stride[0] + unit.first * p.q_stride[1];
+    const E* k = static_cast<const E*>(p.k) + unit.b * p.k_stride[0] + unit.first * p.k_stride[1];
+    for (int64_t h = 0; h < unit.heads; ++h)
+      pack_query(q + h * width, q_rows + h * p.q_stride[1], p.D, static_cast<T>(p.scale * kLog2e));
+    for (int64_t j = 0; j < keys; j += W)
+      for (int64_t h = 0; h < unit.heads; ++h) {
+        const Rows<const E> rows{k + h * p.k_stride[1] + (p.first_key + j) * p.k_stride[2], p.k_stride[2]};
+        const int64_t ahead = W * p.k_stride[2] * static_cast<int64_t>(sizeof(E));
+        store(scores + h * padded + j, dots<E, T>(q + h * width, rows, smaller(W, keys - j), p.D, ahead));
+      }
+    for (int64_t h = 0; h < unit.heads; ++h) {
+      T* s = scores + h * padded;
+      for (int64_t j = keys; j < padded; ++j) s[j] = -std::numeric_limits<T>::infinity();
+      softmax(s, padded);
+      E* probs = static_cast<E*>(p.probs) + (unit.b * p.H + unit.first + h) * p.N;
+      for (int64_t i = 0; i < p.first_key; ++i) store_float(probs + i, T(0));
+      unpack_rows(Rows<E>{probs + p.first_key, 0}, s, padded, 1, keys, T(1));
     }
-    for (; j < padded; ++j) scores[j] = -std::numeric_limits<T>::infinity();
-    softmax(scores, padded);
-    for (int64_t i = 0; i < p.first_key; ++i) store_float(probs + i, T(0));
-    unpack_rows(Rows<E>{probs + p.first_key, 0}, scores, padded, 1, keys, T(1));
   }
 }
 
-// kVecs vectors of columns: grad_q = sum of ds_j k_j, and grad_k_j = ds_j q.
-template <int kVecs, typename E, typename T>
-void gradient_columns(const T* ds, const T* q, Rows<const E> k, T* grad_q, Rows<E> grad_k, int64_t N) {
+// kVecs vectors of columns of n tokens: grad_q += sum of ds_j k_j, and grad_k_j = ds_j q.
+template <int kVecs, bool kStream, typename E, typename T>
+void gradient_columns(const T* ds, const T* q, Rows<const E> k, T* grad_q, Rows<E> grad_k, int64_t n) {
   constexpr int W = kLanes<T>;
-  Vec<T> query[kVecs], sum[kVecs] = {};
-  for (int v = 0; v < kVecs; ++v) query[v] = load(q + v * W);
-  for (int64_t j = 0; j < N; ++j) {
+  Vec<T> query[kVecs], sum[kVecs];
+  for (int v = 0; v < kVecs; ++v) query[v] = load(q + v * W), sum[v] = load(grad_q + v * W);
+  for (int64_t j = 0; j < n; ++j) {
     const E* key = k.row(j);
     E* grad_key = grad_k.row(j);
-    for (int v = 0; v < kVecs; ++v) {
-      sum[v] += ds[j] * load_row(key + v * W);
-      store_row(grad_key + v * W, ds[j] * query[v]);
+    if constexpr (kVecs == 1) {
+      sum[0] += ds[j] * load_row(key);
+      store_row(grad_key, ds[j] * query[0]);
+    } else {
+      for (int v = 0; v < kVecs; v += 2) {
+        Vec<T> a, b;
+        load_two(key + v * W, a, b);
+        sum[v] += ds[j] * a, sum[v + 1] += ds[j] * b;
+        if constexpr (kStream)
+          stream_two(grad_key + v * W, ds[j] * query[v], ds[j] * query[v + 1]);
+        else
+          store_two(grad_key + v * W, ds[j] * query[v], ds[j] * query[v + 1]);
+      }
     }
   }
   for (int v = 0; v < kVecs; ++v) store(grad_q + v * W, sum[v]);
 }
 
+// The same for all columns of one head. kStream: past the caches.
+template <bool kStream, typename E, typename T>
+void gradients(const T* ds, const T* q, Rows<const E> k, T* grad_q, Rows<E> grad_k, int64_t n, int64_t D) {
+  constexpr int W = kLanes<T>;
+  for (int64_t j = 0; j < n; ++j)
+    prefetch(k.row(j), kTokens * k.stride * static_cast<int64_t>(sizeof(E)), D * sizeof(E));
+  const auto keys = [&](int64_t d) { return Rows<const E>{k.p + d, k.stride}; };
+  const auto to = [&](int64_t d) { return Rows<E>{grad_k.p + d, grad_k.stride}; };
+  int64_t d = 0;
+  for (; d + 4 * W <= D; d += 4 * W) gradient_columns<4, kStream>(ds, q + d, keys(d), grad_q + d, to(d), n);
+  for (; d + 2 * W <= D; d += 2 * W) gradient_columns<2, kStream>(ds, q + d, keys(d), grad_q + d, to(d), n);
+  for (; d + W <= D; d += W) gradient_columns<1, false>(ds, q + d, keys(d), grad_q + d, to(d), n);
+  for (; d < D; ++d)
+    for (int64_t j = 0; j < n; ++j) {
+      grad_q[d] += ds[j] * load_float(k.row(j) + d);
+      store_float(grad_k.row(j) + d, ds[j] * q[d]);
+    }
+}
+
+// Whether grad_k exceeds the caches and consists of whole vectors.
 template <typename E>
+bool streams(const ClsAttentionGradParams& g) {
+  const ClsAttentionParams& p = g.forward;
+  const int64_t size = sizeof(E), bytes = p.B * p.H * p.N * p.D * size;
+  uint64_t places = reinterpret_cast<uintptr_t>(g.grad_k) | p.D * size;
+  for (int64_t stride : g.grad_k_stride) places |= stride * size;
+  return kStreamed<E> && bytes >= kStreamedBytes && places % kVectorBytes == 0 && p.D % (2 * kLanes<Compute<E>>) == 0;
+}
+
+template <bool kStream, typename E>
 void backward(const ClsAttentionGradParams& g, int64_t begin, int64_t end) {
   using T = Compute<E>;
-  constexpr int W = kLanes<T>;
   const ClsAttentionParams& p = g.forward;
   const int64_t width = round_to_lanes<T>(p.D);
-  if (!scratch.reserve(2 * Scratch::padded_bytes<T>(width) + Scratch::padded_bytes<T>(p.N))) throw std::bad_alloc();
-  T* q = scratch.take<T>(width);
-  T* grad_q = scratch.take<T>(width);
-  T* ds = scratch.take<T>(p.N);
+  if (!scratch.reserve(2 * Scratch::padded_bytes<T>(p.H * width) + Scratch::padded_bytes<T>(p.H * p.N)))
+    throw std::bad_alloc();
+  T* q = scratch.take<T>(p.H * width);
+  T* grad_q = scratch.take<T>(p.H * width);
+  T* ds = scratch.take<T>(p.H * p.N);
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t b = u / p.H, h = u % p.H;
-    const E* q_row = static_cast<const E*>(p.q) + b * p.q_stride[0] + h * p.q_stride[1];
-    const Rows<const E> k{static_cast<const E*>(p.k) + b * p.k_stride[0] + h * p.k_stride[1], p.k_stride[2]};
-    const Rows<E> grad_k{static_cast<E*>(g.grad_k) + b * g.grad_k_stride[0] + h * g.grad_k_stride[1],
-                         g.grad_k_stride[2]};
-    const E* probs = static_cast<const E*>(p.probs) + u * p.N;
-    const E* grad = static_cast<const E*>(g.grad) + u * p.N;
-    pack_rows(q, width, Rows<const E>{q_row, 0}, 1, p.D);
-    const T delta = dot(probs, grad, p.N);
-    for (int64_t j = 0; j < p.N; ++j)
-      ds[j] = load_float(probs + j) * (load_float(grad + j) - delta) * static_cast<T>(p.scale);
-    int64_t d = 0;
-    for (; d + 4 * W <= p.D; d += 4 * W)
-      gradient_columns<4>(ds, q + d, Rows<const E>{k.p + d, k.stride}, grad_q + d, Rows<E>{grad_k.p + d, grad_k.stride},
-                          p.N);
-    for (; d + W <= p.D; d += W)
-      gradient_columns<1>(ds, q + d, Rows<const E>{k.p + d, k.stride}, grad_q + d, Rows<E>{grad_k.p + d, grad_k.stride},
-                          p.N);
-    for (; d < p.D; ++d) {
-      T sum = 0;
-      for (int64_t j = 0; j < p.N; ++j) {
-        sum += ds[j] * load_float(k.row(j) + d);
-        store_float(grad_k.row(j) + d, ds[j] * q[d]);
-      }
-      grad_q[d] = sum;
+    const Unit unit(p, u);
+    const E* q_rows = static_cast<const E*>(p.q) + unit.b * p.q_stride[0] + unit.first * p.q_stride[1];
+    const E* k = static_cast<const E*>(p.k) + unit.b * p.k_stride[0] + unit.first * p.k_stride[1];
+    E* grad_k = static_cast<E*>(g.grad_k) + unit.b * g.grad_k_stride[0] + unit.first * g.grad_k_stride[1];
+    E* grad_q_rows = static_cast<E*>(g.grad_q) + unit.b * g.grad_q_stride[0] + unit.first * g.grad_q_stride[1];
+    for (int64_t h = 0; h < unit.heads; ++h) {
+      const int64_t row = (unit.b * p.H + unit.first + h) * p.N;
+      const E* probs = static_cast<const E*>(p.probs) + row;
+      const E* grad = static_cast<const E*>(g.grad) + row;
+      const T delta = dot(probs, grad, p.N);
+      for (int64_t j = 0; j < p.N; ++j)
+        ds[h * p.N + j] = load_float(probs + j) * (load_float(grad + j) - delta) * static_cast<T>(p.scale);
+      pack_query(q + h * width, q_rows + h * p.q_stride[1], p.D, T(1));
     }
-    E* grad_q_row = static_cast<E*>(g.grad_q) + b * g.grad_q_stride[0] + h * g.grad_q_stride[1];
-    unpack_rows(Rows<E>{grad_q_row, 0}, grad_q, width, 1, p.D, T(1));
+    for (int64_t i = 0; i < unit.heads * width; ++i) grad_q[i] = 0;
+    for (int64_t j = 0; j < p.N; j += kTokens)
+      for (int64_t h = 0; h < unit.heads; ++h) {
+        const Rows<const E> keys{k + h * p.k_stride[1] + j * p.k_stride[2], p.k_stride[2]};
+        const Rows<E> to{grad_k + h * g.grad_k_stride[1] + j * g.grad_k_stride[2], g.grad_k_stride[2]};
+        gradients<kStream, E, T>(ds + h * p.N + j, q + h * width, keys, grad_q + h * width, to,
+                                 smaller(kTokens, p.N - j), p.D);
+      }
+    for (int64_t h = 0; h < unit.heads; ++h)
+      unpack_query(grad_q_rows + h * g.grad_q_stride[1], grad_q + h * width, p.D);
   }
+  if constexpr (kStream) end_stream();
+}
+
+template <typename E>
+void backward(const ClsAttentionGradParams& g, int64_t begin, int64_t end) {
+  return streams<E>(g) ? backward<kStreamed<E>, E>(g, begin, end) : backward<false, E>(g, begin, end);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Attention of the class token alone on the CPU (AAL, Eq. 3).
 //
-// A unit of work is one (batch, head) pair; units are independent and the result does not depend on their split.
+// A unit of work is a group of heads of one image, [0, B * groups); units are independent and the result depends
+// neither on their split nor on the groups.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +14,7 @@ namespace fastib {
 struct ClsAttentionParams {
   DType dtype;
   int64_t B, H, N, D;
+  int64_t groups;     // of heads per image, at most H
   int64_t first_key;  // keys before it are left out of the softmax: their probability is 0
   const void* q;      // (B, H, D)
   const void* k;      // (B, H, N, D)

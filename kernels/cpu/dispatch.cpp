@@ -4,6 +4,8 @@
 
 #include "attention_link.h"
 #include "cls_attention.h"
+#include "feature_alignment.h"
+#include "generalized_conv.h"
 #include "head_token_attention.h"
 #include "involution.h"
 #include "mhca_attention.h"
@@ -13,6 +15,12 @@
   X(attention_link, (const AttentionLinkParams& params, int64_t begin, int64_t end), (params, begin, end))            \
   X(cls_attention_backward, (const ClsAttentionGradParams& params, int64_t begin, int64_t end), (params, begin, end)) \
   X(cls_attention_forward, (const ClsAttentionParams& params, int64_t begin, int64_t end), (params, begin, end))      \
+  X(feature_alignment_forward, (const FeatureAlignmentParams& params, int64_t begin, int64_t end),                    \
+    (params, begin, end))                                                                                             \
+  X(feature_alignment_backward, (const FeatureAlignmentGradParams& params, int64_t begin, int64_t end),               \
+    (params, begin, end))                                                                                             \
+  X(generalized_conv_shift, (const GeneralizedConvShiftParams& params, int64_t begin, int64_t end),                   \
+    (params, begin, end))                                                                                             \
   X(head_token_attention_backward, (const HeadTokenAttentionGradParams& params, int64_t begin, int64_t end),          \
     (params, begin, end))                                                                                             \
   X(head_token_attention_forward, (const HeadTokenAttentionParams& params, int64_t begin, int64_t end),               \

@@ -78,16 +78,22 @@ inline Vec<float> load_row(const bfloat16* p) {
   return (Vec<float>)(__builtin_convertvector(words, WideWords) << 16);
 }
 
+#if !defined(__AVX512BF16__)
+// The bits of to_bfloat16 in the upper half of every lane, anything in the lower.
+inline WideWords rounded_bfloat16(Vec<float> x) {
+  const WideWords bits = (WideWords)x;
+  const auto nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+  return nan ? bits | 0x00400000u : bits + 0x7FFFu + ((bits >> 16) & 1u);
+}
+#endif
+
 // to_bfloat16 of every lane. Where the processor has an instruction for it, numbers too small for a full mantissa
 // become 0, as they do in its products of bfloat16.
 inline void store_row(bfloat16* p, Vec<float> x) {
 #if defined(__AVX512BF16__)
   _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
 #else
-  const WideWords bits = (WideWords)x;
-  const WideWords rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  const auto nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-  const Words words = __builtin_convertvector(nan ? (bits >> 16) | 0x0040u : rounded, Words);
+  const Words words = __builtin_convertvector(rounded_bfloat16(x) >> 16, Words);
   std::memcpy(p, &words, sizeof(words));
 #endif
 }
@@ -116,6 +122,40 @@ inline void store_row(float16* p, Vec<float> x) {
 #endif
 }
 
+// Two vectors of stored elements in whatever order is cheapest; store_two puts them back in it.
+template <typename E, typename V>
+inline void load_two(const E* p, V& a, V& b) {
+  a = load_row(p), b = load_row(p + sizeof(V) / sizeof(a[0]));
+}
+
+template <typename E, typename V>
+inline void store_two(E* p, V a, V b) {
+  store_row(p, a), store_row(p + sizeof(V) / sizeof(a[0]), b);
+}
+
+inline void load_two(const bfloat16* p, Vec<float>& even, Vec<float>& odd) {
+  WideWords pairs;
+  std::memcpy(&pairs, p, sizeof(pairs));
+  even = (Vec<float>)(pairs << 16), odd = (Vec<float>)(pairs & 0xFFFF0000u);
+}
+
+// Both rounded to bfloat16, even in the lower half of each lane.
+inline WideWords pair_bfloat16(Vec<float> even, Vec<float> odd) {
+#if defined(__AVX512BF16__)
+  Vec<BFloat16Pair> order;
+  for (int l = 0; l < 16; ++l) order[l] = l | (16 + l) << 16;
+  const __m512bh words = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  return (WideWords)_mm512_permutexvar_epi16((__m512i)order, (__m512i)words);
+#else
+  return rounded_bfloat16(even) >> 16 | (rounded_bfloat16(odd) & 0xFFFF0000u);
+#endif
+}
+
+inline void store_two(bfloat16* p, Vec<float> even, Vec<float> odd) {
+  const WideWords pairs = pair_bfloat16(even, odd);
+  std::memcpy(p, &pairs, sizeof(pairs));
+}
+
 // Transposes a square of vectors in place: swaps ever smaller blocks across the diagonal.
 template <typename T, int kHalf = kLanes<T> / 2>
 inline __attribute__((always_inline)) void transpose(Vec<T> (&x)[kLanes<T>]) {
@@ -130,6 +170,20 @@ inline __attribute__((always_inline)) void transpose(Vec<T> (&x)[kLanes<T>]) {
         x[i + kHalf] = shuffle<T>(a, b, high);
       }
     transpose<T, kHalf / 2>(x);
+  }
+}
+
+// Lane l of the result is the sum of the lanes of x[l]; x is used up.
+template <typename T, int kHalf = kLanes<T> / 2>
+inline __attribute__((always_inline)) Vec<T> sum_each(Vec<T> (&x)[kLanes<T>]) {
+  if constexpr (kHalf == 0) {
+    return x[0];
+  } else {
+    constexpr auto low = [](int l) { return l & kHalf ? kLanes<T> + l - kHalf : l; };
+    constexpr auto high = [](int l) { return l & kHalf ? kLanes<T> + l : l + kHalf; };
+#pragma GCC unroll 8
+    for (int i = 0; i < kHalf; ++i) x[i] = shuffle<T>(x[i], x[i + kHalf], low) + shuffle<T>(x[i], x[i + kHalf], high);
+    return sum_each<T, kHalf / 2>(x);
   }
 }
 

@@ -14,7 +14,7 @@ struct OnHost {
 
   template <typename Body>
   void operator()(Body, const typename Body::Params& params) {
-    const int64_t threads = Body::threads(params), step = involution_cuda::kThreads;
+    const int64_t threads = Body::threads(params), step = kThreads;
     for (int64_t block = 0; block * step < threads; ++block)
       for (int thread = 0; thread < step; ++thread) Body::run(params, block, thread);
     names += std::string(__PRETTY_FUNCTION__) + "\n";

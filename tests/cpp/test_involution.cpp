@@ -1,7 +1,6 @@
 // involution on every instruction set of this machine, and its CUDA bodies on the host, against plain loops in double:
 // tensors that end where their memory ends, strides with gaps, any split of the work, threads.
 #include <algorithm>
-#include <cstring>
 #include <random>
 #include <string>
 #include <thread>
@@ -11,6 +10,7 @@
 #include "../../kernels/cpu/involution.h"
 #include "check.h"
 #include "involution_bodies.h"
+#include "tensor.h"
 
 using namespace fastib;
 
@@ -20,74 +20,6 @@ struct Case {
   int64_t gap;  // elements left out after each row of the dense dimension
   int64_t Ho() const { return (Hi - 1) / stride + 1; }
   int64_t Wo() const { return (Wi - 1) / stride + 1; }
-};
-
-template <typename E>
-struct Element;
-template <>
-struct Element<float> {
-  static constexpr DType dtype = DType::float32;
-  static constexpr double unit = 0x1p-24;
-  static float from(double x) { return static_cast<float>(x); }
-  static double to(float x) { return x; }
-};
-template <>
-struct Element<double> {
-  static constexpr DType dtype = DType::float64;
-  static constexpr double unit = 0x1p-53;
-  static double from(double x) { return x; }
-  static double to(double x) { return x; }
-};
-template <>
-struct Element<bfloat16> {
-  static constexpr DType dtype = DType::bfloat16;
-  static constexpr double unit = 0x1p-8;
-  static bfloat16 from(double x) { return to_bfloat16(static_cast<float>(x)); }
-  static double to(bfloat16 x) { return to_float(x); }
-};
-template <>
-struct Element<float16> {
-  static constexpr DType dtype = DType::float16;
-  static constexpr double unit = 0x1p-11;
-  static float16 from(double x) { return to_float16(static_cast<float>(x)); }
-  static double to(float16 x) { return to_float(x); }
-};
-
-constexpr double kGuard = 7.0;
-
-// A tensor whose dimensions lie in memory in `order`, a gap after the innermost group, and nothing after its last
-// element.
-template <typename E, size_t n>
-struct Tensor {
-  std::vector<int64_t> sizes;
-  int64_t stride[n];
-  std::vector<E> data;
-
-  Tensor(const int64_t (&shape)[n], const int (&order)[n], size_t gap_at, int64_t gap) : sizes(shape, shape + n) {
-    int64_t step = 1, last = 0;
-    for (size_t k = n; k-- > 0;) {
-      stride[order[k]] = step, step *= shape[order[k]];
-      if (k == gap_at) step += gap;
-    }
-    for (size_t k = 0; k < n; ++k) last += (shape[k] - 1) * stride[k];
-    data.assign(last + 1, Element<E>::from(kGuard));
-  }
-
-  template <typename F>
-  void each(F&& f) {
-    int64_t at[n] = {};
-    for (bool more = true; more;) {
-      int64_t offset = 0;
-      for (size_t k = 0; k < n; ++k) offset += at[k] * stride[k];
-      f(data[offset]);
-      more = false;
-      for (size_t k = n; k-- > 0 && !more;)
-        if (++at[k] < sizes[k])
-          more = true;
-        else
-          at[k] = 0;
-    }
-  }
 };
 
 template <typename E>
@@ -166,32 +98,12 @@ struct Problem {
       data->assign(data->size(), Element<E>::from(kGuard));
   }
 
-  template <typename T>
-  void check(T& tensor, const std::vector<double>& exact, const std::vector<double>& size, const std::string& where) {
-    size_t k = 0, written = 0;
-    tensor.each([&](E& e) {
-      const double error = std::fabs(Element<E>::to(e) - exact[k]);
-      const double sums = Element<E>::dtype == DType::float64 ? 0x1p-53 : 0x1p-24;
-      const double smallest = Element<E>::dtype == DType::float16 ? 0x1p-25 : 1e-30;  // half a step near 0
-      const double allowed = 1.01 * Element<E>::unit * std::fabs(exact[k]) + 200 * sums * size[k] + smallest;
-      CHECK(error <= allowed, where, " element ", k, " error ", error, " allowed ", allowed);
-      ++k;
-    });
-    for (E e : tensor.data) written += Element<E>::to(e) != kGuard;
-    CHECK(written <= k, where, " wrote between its elements");
-  }
-
   void check_all(const std::string& where) {
-    check(out, exact_out, size_out, where + " out");
-    check(grad_x, exact_x, size_x, where + " grad_x");
-    check(grad_weight, exact_weight, size_weight, where + " grad_weight");
+    compare(out, exact_out, size_out, where + " out");
+    compare(grad_x, exact_x, size_x, where + " grad_x");
+    compare(grad_weight, exact_weight, size_weight, where + " grad_weight");
   }
 };
-
-template <typename E>
-bool same(const std::vector<E>& a, const std::vector<E>& b) {
-  return std::memcmp(a.data(), b.data(), a.size() * sizeof(E)) == 0;
-}
 
 template <typename E>
 void run(const Case& c) {

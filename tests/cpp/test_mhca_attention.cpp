@@ -7,53 +7,17 @@
 #include <string>
 #include <thread>
 
-#include "../../kernels/common/half.h"
 #include "../../kernels/cpu/dispatch.h"
 #include "../../kernels/cpu/mhca_attention.h"
 #include "check.h"
 #include "naive_mhca.h"
+#include "tensor.h"
 
 using namespace fastib;
 
 struct Case {
   int64_t B, H, grid_h, grid_w, prefix, D;
   double rpe_dropout, attn_dropout;
-};
-
-// Unit roundoff of the element and of the arithmetic, and the conversions the kernels do not offer in double.
-template <typename T>
-struct Element;
-template <>
-struct Element<float> {
-  using Sum = float;
-  static constexpr DType dtype = DType::float32;
-  static constexpr double unit = 0x1p-24, sum_unit = 0x1p-24;
-  static float from(double x) { return static_cast<float>(x); }
-  static double to(float x) { return x; }
-};
-template <>
-struct Element<double> {
-  using Sum = double;
-  static constexpr DType dtype = DType::float64;
-  static constexpr double unit = 0x1p-53, sum_unit = 0x1p-53;
-  static double from(double x) { return x; }
-  static double to(double x) { return x; }
-};
-template <>
-struct Element<bfloat16> {
-  using Sum = float;
-  static constexpr DType dtype = DType::bfloat16;
-  static constexpr double unit = 0x1p-8, sum_unit = 0x1p-24;
-  static bfloat16 from(double x) { return to_bfloat16(static_cast<float>(x)); }
-  static double to(bfloat16 x) { return to_float(x); }
-};
-template <>
-struct Element<float16> {
-  using Sum = float;
-  static constexpr DType dtype = DType::float16;
-  static constexpr double unit = 0x1p-11, sum_unit = 0x1p-24;
-  static float16 from(double x) { return to_float16(static_cast<float>(x)); }
-  static double to(float16 x) { return to_float(x); }
 };
 
 // (B, H, N, D) laid out as (B, N, H, D + gap), all of it a guard value until written.

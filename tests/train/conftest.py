@@ -80,3 +80,16 @@ def spy_gradients(trainer) -> dict[str, torch.Tensor]:
 def first_gradients():
     """`spy_gradients` for tests, which cannot import this file."""
     return spy_gradients
+
+
+def frozen(trainer) -> None:
+    """BatchNorm keeps its running statistics, and sees no batch: processes with a part of it each compute the same."""
+    for module in trainer.method.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval().train = lambda mode=True, module=module: module
+
+
+@pytest.fixture
+def freeze_norms():
+    """`frozen` for tests, which cannot import this file."""
+    return frozen

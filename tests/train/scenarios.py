@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import spy_gradients
+from conftest import frozen, spy_gradients
 from safetensors.torch import save_file
 
 from fastib.train import checkpoint
@@ -52,6 +52,16 @@ def kill_in_checkpoint(config: str, count: str) -> None:
 def gradients(config: str, target: str) -> None:
     """Write the gradients of the first step, and the trained weights, from process 0."""
     trainer = Trainer(read_config(config))
+    save = spy_gradients(trainer)
+    trainer.fit()
+    if trainer.rank == 0:
+        save_file(save, target)
+
+
+def frozen_norms(config: str, target: str) -> None:
+    """`gradients` with `frozen` norms."""
+    trainer = Trainer(read_config(config))
+    frozen(trainer)
     save = spy_gradients(trainer)
     trainer.fit()
     if trainer.rank == 0:

@@ -1,0 +1,112 @@
+"""Generalized convolution (Bootstrapping ViTs, Eq. 3-4): the public function, and the per-head shift under it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastib.ops import _backend
+from fastib.ops._backend import Op, below_autograd, check_device, invalid
+from fastib.reference.generalized_conv import generalized_conv_ref
+
+_NAME, _SHIFT = "generalized_conv", "generalized_conv_shift"
+SCHEMAS = {_SHIFT: "(Tensor x, int num_heads, bool inverse) -> Tensor"}
+
+
+def generalized_conv(
+    x: Tensor, w_v: Tensor, w_o: Tensor, bias: Tensor | None, num_heads: int, *, backend: str | None = None
+) -> Tensor:
+    """The convolution that has the value and output weights of an attention as its taps, one tap for each head.
+
+    `y = bias + sum_h w_o[:, head h] shift_h(w_v[head h] x)` (Bootstrapping ViTs, Eq. 3-4), shift_h moving the image by
+    tap h, zero outside. Taps: the first num_heads places, row by row, of a window of ceil(sqrt(num_heads)) squared,
+    whose centre is at ((k - 1) // 2, (k - 1) // 2): an even window reaches one place further below and to the right. 9
+    heads are a 3 x 3 convolution with padding 1, whose kernel is never made: two products a pixel, and one shift.
+
+    x: (B, C, rows, columns), float32, bfloat16, float16 or float64, any strides; under autocast all inputs are cast.
+    w_v: (M, C), M a multiple of num_heads: rows of head h are h M / num_heads and on. w_o: (O, M). bias: (O,), or None.
+        In x's dtype.
+    backend: None chooses; "reference", "cpu" or "cuda" insist.
+
+    Returns (B, O, rows, columns) in x's dtype, channels_last where x is: then both products are one matrix product of
+    all pixels, and nothing is copied. Differentiable any number of times, in x and all weights.
+
+    Raises ValueError for a wrong shape, dtype or range, RuntimeError for a device or backend that does not fit.
+    """
+    x, w_v, w_o = _backend.autocast(x, w_v, w_o)
+    if bias is not None:
+        (bias,) = _backend.autocast(bias)
+    num_heads = _backend.integer(_NAME, "num_heads", num_heads, lowest=1)
+    _check(x, w_v, w_o, bias, num_heads)
+    if _OP.choose(backend, x) == "reference":
+        return generalized_conv_ref(x, w_v, w_o, bias, num_heads)
+    if _backend.channels_last(x):
+        values = F.linear(x.permute(0, 2, 3, 1), w_v).permute(0, 3, 1, 2)
+        return F.linear(_shift(values, num_heads).permute(0, 2, 3, 1), w_o, bias).permute(0, 3, 1, 2)
+    batch, size = x.shape[0], x.shape[2:]
+    values = torch.bmm(w_v.expand(batch, -1, -1), x.flatten(2)).unflatten(2, size)
+    shifted, w_o = _shift(values, num_heads).flatten(2), w_o.expand(batch, -1, -1)
+    out = torch.bmm(w_o, shifted) if bias is None else torch.baddbmm(bias[:, None], w_o, shifted)
+    return out.unflatten(2, size)
+
+
+def _check(x: Tensor, w_v: Tensor, w_o: Tensor, bias: Tensor | None, num_heads: int) -> None:
+    if x.dim() != 4:
+        raise invalid(_NAME, "x", "of shape (B, C, rows, columns)", tuple(x.shape))
+    if w_v.dim() != 2 or w_v.shape[1] != x.shape[1]:
+        raise invalid(_NAME, "w_v", f"of shape (M, C={x.shape[1]})", tuple(w_v.shape))
+    if w_v.shape[0] % num_heads:
+        raise invalid(_NAME, "w_v", f"of M rows, a multiple of num_heads={num_heads}", f"M={w_v.shape[0]}")
+    if w_o.dim() != 2 or w_o.shape[1] != w_v.shape[0]:
+        raise invalid(_NAME, "w_o", f"of shape (O, M={w_v.shape[0]})", tuple(w_o.shape))
+    if bias is not None and bias.shape != w_o.shape[:1]:
+        raise invalid(_NAME, "bias", f"None or of shape ({w_o.shape[0]},)", tuple(bias.shape))
+    if x.dtype not in _backend.DTYPES:
+        raise invalid(_NAME, "x", "float32, bfloat16, float16 or float64", x.dtype)
+    for name, tensor in {"w_v": w_v, "w_o": w_o, "bias": bias}.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise invalid(_NAME, name, f"{x.dtype} like x", tensor.dtype)
+        check_device(_NAME, name, tensor, x.device)
+
+
+def _shift(x: Tensor, num_heads: int, inverse: bool = False) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _kernel(x, num_heads, inverse)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Shift.apply(x, num_heads, inverse)
+    with below_autograd():
+        return _kernel(x, num_heads, inverse)
+
+
+_kernel = _backend.register(_SHIFT, SCHEMAS[_SHIFT], lambda x, *_: _backend.empty_image(x, *x.shape[2:]))
+_OP = Op(_NAME, gpu="cuda", kernel=_SHIFT)
+
+
+class _Shift(torch.autograd.Function):
+    """The eager path; the dispatcher's own autograd serves compile and export."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, num_heads: int, inverse: bool) -> Tensor:
+        ctx.num_heads, ctx.inverse = num_heads, inverse
+        with below_autograd():
+            return _kernel(x, num_heads, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _shift(grad, ctx.num_heads, not ctx.inverse), None, None
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.num_heads, ctx.inverse = inputs
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _kernel(grad, ctx.num_heads, not ctx.inverse), None, None
+
+
+torch.library.register_autograd(f"fastib::{_SHIFT}", _gradient, setup_context=_save, lib=_backend.LIBRARY)

@@ -1,0 +1,126 @@
+// Distance of unit tokens for one instruction set; see feature_alignment.h.
+//
+// Floor: student and teacher are read once, and in training the gradient's direction is written once and read once. A
+// pair of averaged tokens lies in the first cache while it is centred, measured and compared.
+#include "feature_alignment.h"
+
+#include <cmath>
+#include <new>
+
+#include "part_lanes.h"
+
+namespace fastib::FASTIB_ISA_NAMESPACE {
+namespace {
+
+thread_local Scratch scratch;
+
+// dst (padded) = mean of `step` rows, zero beyond C; returns the sum over C.
+template <typename E, typename T>
+T average(T* dst, int64_t padded, Rows<const E> rows, int64_t step, int64_t C) {
+  constexpr int W = kLanes<T>;
+  const T share = T(1) / static_cast<T>(step);
+  Vec<T> total{};
+  for (int64_t c = 0; c < padded; c += W) {
+    Vec<T> sum = load_part(rows.row(0) + c, C - c);
+    for (int64_t r = 1; r < step; ++r) sum += load_part(rows.row(r) + c, C - c);
+    if (step > 1) sum *= share;
+    store(dst + c, sum);
+    total += sum;
+  }
+  return horizontal_sum<T>(total);
+}
+
+// Subtracts `mean` from the first C of a padded row; returns 1 / sqrt(sum of squares + C eps).
+template <typename T>
+T center(T* x, int64_t padded, int64_t C, T mean, double eps) {
+  constexpr int W = kLanes<T>;
+  Vec<T> squares{};
+  for (int64_t c = 0; c < padded; c += W) {
+    Vec<T> value = load(x + c) - mean;
+    if (c + W > C)
+      for (int64_t l = C - c; l < W; ++l) value[l] = 0;
+    store(x + c, value);
+    squares += value * value;
+  }
+  return 1 / std::sqrt(horizontal_sum<T>(squares) + static_cast<T>(C * eps));
+}
+
+template <typename E>
+void forward(const FeatureAlignmentParams& p, int64_t begin, int64_t end) {
+  using T = Compute<E>;
+  constexpr int W = kLanes<T>;
+  const int64_t padded = round_to_lanes<T>(p.C);
+  if (!scratch.reserve(2 * Scratch::padded_bytes<T>(padded))) throw std::bad_alloc();
+  T* s = scratch.take<T>(padded);
+  T* t = scratch.take<T>(padded);
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t b = u / p.L, l = u % p.L;
+    const E* student = static_cast<const E*>(p.student) + b * p.student_stride[0];
+    const E* teacher = static_cast<const E*>(p.teacher) + b * p.teacher_stride[0];
+    const Rows<const E> students{student + l * p.student_step * p.student_stride[1], p.student_stride[1]};
+    const Rows<const E> teachers{teacher + l * p.teacher_step * p.teacher_stride[1], p.teacher_stride[1]};
+    const T s_sum = average(s, padded, students, p.student_step, p.C);
+    const T t_sum = average(t, padded, teachers, p.teacher_step, p.C);
+    const T channels = static_cast<T>(p.C);
+    const T s_factor = center(s, padded, p.C, p.center ? s_sum / channels : T(0), p.eps);
+    const T t_factor = center(t, padded, p.C, p.center ? t_sum / channels : T(0), p.eps);
+    Vec<T> squares{}, products{};
+    for (int64_t c = 0; c < padded; c += W) {
+      const Vec<T> unit = load(s + c) * s_factor, difference = unit - load(t + c) * t_factor;
+      squares += difference * difference;
+      products += difference * unit;
+      store(s + c, unit), store(t + c, difference);
+    }
+    static_cast<T*>(p.loss)[u] = horizontal_sum<T>(squares);
+    if (!p.direction) continue;
+    const T along = horizontal_sum<T>(products);
+    E* direction = static_cast<E*>(p.direction) + u * p.C;
+    for (int64_t c = 0; c < p.C; c += W) store_part(direction + c, load(t + c) - load(s + c) * along, p.C - c);
+    static_cast<T*>(p.factor)[u] = 2 * s_factor;
+  }
+}
+
+template <typename E>
+void backward(const FeatureAlignmentGradParams& g, int64_t begin, int64_t end) {
+  using T = Compute<E>;
+  constexpr int W = kLanes<T>;
+  for (int64_t u = begin; u < end; ++u) {
+    const T scale = static_cast<const T*>(g.grad)[u] * static_cast<const T*>(g.factor)[u] / static_cast<T>(g.step);
+    const E* direction = static_cast<const E*>(g.direction) + u * g.C;
+    E* to = static_cast<E*>(g.grad_student) + u * g.step * g.C;
+    for (int64_t c = 0; c < g.C; c += W) {
+      const Vec<T> value = load_part(direction + c, g.C - c) * scale;
+      for (int64_t r = 0; r < g.step; ++r) store_part(to + r * g.C + c, value, g.C - c);
+    }
+  }
+}
+
+}  // namespace
+
+void feature_alignment_forward(const FeatureAlignmentParams& p, int64_t begin, int64_t end) {
+  switch (p.dtype) {
+    case DType::float32:
+      return forward<float>(p, begin, end);
+    case DType::bfloat16:
+      return forward<bfloat16>(p, begin, end);
+    case DType::float16:
+      return forward<float16>(p, begin, end);
+    case DType::float64:
+      return forward<double>(p, begin, end);
+  }
+}
+
+void feature_alignment_backward(const FeatureAlignmentGradParams& g, int64_t begin, int64_t end) {
+  switch (g.dtype) {
+    case DType::float32:
+      return backward<float>(g, begin, end);
+    case DType::bfloat16:
+      return backward<bfloat16>(g, begin, end);
+    case DType::float16:
+      return backward<float16>(g, begin, end);
+    case DType::float64:
+      return backward<double>(g, begin, end);
+  }
+}
+
+}  // namespace fastib::FASTIB_ISA_NAMESPACE
