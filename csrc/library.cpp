@@ -25,6 +25,14 @@ STABLE_TORCH_LIBRARY(fastib, m) {
       "cls_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor probs, float scale) -> "
       "(Tensor grad_q, Tensor grad_k)");
   m.def(
+      "depthwise_block(Tensor x, Tensor gamma1, Tensor beta1, Tensor weight, Tensor bias, Tensor gamma2, Tensor beta2, "
+      "Tensor? statistics, int grid_h, int grid_w, float eps1, float eps2) -> (Tensor out, Tensor used)");
+  m.def(
+      "depthwise_block_backward(Tensor grad_out, Tensor x, Tensor gamma1, Tensor beta1, Tensor weight, Tensor bias, "
+      "Tensor gamma2, Tensor beta2, Tensor used, bool training, int grid_h, int grid_w, float eps1, float eps2) -> "
+      "(Tensor grad_x, Tensor grad_gamma1, Tensor grad_beta1, Tensor grad_weight, Tensor grad_bias, "
+      "Tensor grad_gamma2, Tensor grad_beta2)");
+  m.def(
       "head_token_attention(Tensor q, Tensor k, Tensor v, Tensor q_extra, Tensor k_extra, Tensor v_extra, "
       "Tensor? seed, float scale, float attn_dropout) -> (Tensor out, Tensor parts, Tensor stats)");
   m.def(

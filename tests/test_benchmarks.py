@@ -26,6 +26,7 @@ def module(name):
 harness, report = module("harness"), module("report")
 machine, memory, ceilings = module("machine"), module("memory"), module("ceilings")
 mhca, house = module("peers.mhca_attention"), module("house")
+daff = module("peers.daff")
 involution = module("peers.involution")
 generalized_conv = module("peers.generalized_conv")
 
@@ -147,6 +148,15 @@ def test_peers_of_involution_agree_with_the_reference(layout, dtype, stride):
     inputs = involution.Inputs(involution.Case(2, 32, 9, dtype, "train", 3, stride, layout))
     peers = [peer for peer in involution.peers(inputs) if "compiled" not in peer.name]
     _, seen = harness.admit(peers, involution.reference(inputs, images=1), involution.allowed(dtype))
+    assert {name: measured.reason for name, measured in seen.items()} == dict.fromkeys(seen, "")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["train", "forward"])
+def test_peers_of_daff_agree_with_the_reference(mode, dtype):
+    inputs = daff.Inputs(daff.Case(6, 20, 5, dtype, mode))
+    peers = [peer for peer in daff.peers(inputs) if "compiled" not in peer.name]
+    _, seen = harness.admit(peers, daff.reference(inputs), daff.allowed(dtype, mode == "train"))
     assert {name: measured.reason for name, measured in seen.items()} == dict.fromkeys(seen, "")
 
 
@@ -292,7 +302,7 @@ def test_compiled_peers_are_left_out_first(monkeypatch):
     assert house.House(house.Options()).hurried(slow) is slow
 
 
-@pytest.mark.parametrize("op", ["mhca_attention", "head_token_attention", "involution", "generalized_conv"])
+@pytest.mark.parametrize("op", ["mhca_attention", "head_token_attention", "involution", "generalized_conv", "daff"])
 def test_every_case_names_its_peers_and_goals_once(op):
     bench = module(f"bench_{op}")
     for device in ("cpu", "cuda"):
@@ -306,7 +316,7 @@ def test_every_case_names_its_peers_and_goals_once(op):
             assert {goal.case for goal in job.goals} <= {"", *(other.key for other in jobs)}
 
 
-@pytest.mark.parametrize("op", ["mhca_attention", "head_token_attention", "involution", "generalized_conv"])
+@pytest.mark.parametrize("op", ["mhca_attention", "head_token_attention", "involution", "generalized_conv", "daff"])
 def test_the_memory_checkers_small_case_passes_its_gate(op):
     job = module(f"bench_{op}").small_job("cpu")
     _, seen = harness.admit(job.peers[:1], job.reference(), job.allowed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastib.nn.grid import patch_grid
+from fastib.ops import depthwise_block
 
 __all__ = ["DAFF"]
 
@@ -22,12 +24,13 @@ class DAFF(nn.Module):
 
     dim: channels of input and output. hidden_dim: channels inside, 4 dim where None. grid_size: patches (grid_h,
     grid_w), may be reassigned. reduction: of the channels between reduce and expand.
-    `nn.SyncBatchNorm.convert_sync_batchnorm` makes its norms synchronised ones.
+    backend: of `fastib.ops.depthwise_block`, which computes all between conv1 and conv3 in passes that store nothing.
+    `nn.SyncBatchNorm.convert_sync_batchnorm` makes its norms synchronised ones; they run layer by layer.
     """
 
     def __init__(
         self, dim: int, hidden_dim: int | None = None, grid_size: int | tuple[int, int] = (14, 14), reduction: int = 4,
-        device: Any = None, dtype: Any = None,
+        backend: str | None = None, device: Any = None, dtype: Any = None,
     ):  # fmt: skip
         super().__init__()
         hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
@@ -37,6 +40,7 @@ class DAFF(nn.Module):
                 raise ValueError(f"DAFF: {name} must be 1 or more, got {value}")
         factory = {"device": device, "dtype": dtype}
         self.grid_size = (grid_size, grid_size) if isinstance(grid_size, int) else tuple(grid_size)
+        self.backend = backend
         self.conv1 = nn.Conv2d(dim, hidden_dim, 1, **factory)
         self.norm1 = nn.BatchNorm2d(hidden_dim, **factory)
         self.conv2 = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **factory)
@@ -52,11 +56,58 @@ class DAFF(nn.Module):
         Where it fills another square, as for an image of another size, a square grid_size gives way to it.
         """
         grid = patch_grid("DAFF", self.grid_size, x.shape[1], 1)
-        cls, patches = x[:, 0], x[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)
-        s = F.gelu(self.norm1(self.conv1(patches)))
-        y = self.norm3(self.conv3(F.gelu(self.norm2(self.conv2(s))) + s))
-        weight = self.expand(F.gelu(self.reduce(y.mean(dim=(2, 3)))))
-        return torch.cat(((cls * weight).unsqueeze(1), y.flatten(2).transpose(1, 2)), dim=1)
+        cls, patches = x.split((1, x.shape[1] - 1), dim=1)
+        hidden = F.linear(patches, self.conv1.weight.flatten(1), self.conv1.bias)
+        mixed = self._fused(hidden, grid) if self._can_fuse(hidden) else self._layers(hidden, grid)
+        y = F.linear(mixed, self.conv3.weight.flatten(1), self.conv3.bias)
+        y = _on_grid(self.norm3, y, grid)
+        weight = self.expand(F.gelu(self.reduce(y.mean(dim=1))))
+        return torch.cat((cls * weight.unsqueeze(1), y), dim=1)
+
+    def _can_fuse(self, hidden: Tensor) -> bool:
+        """Plain BatchNorms in one mode, as they are built; synchronised ones need all processes between the passes."""
+        norms, (batch, places, _) = (self.norm1, self.norm2), hidden.shape
+        plain = all(type(norm) is nn.BatchNorm2d and norm.affine for norm in norms)
+        return plain and len({_takes_statistics(norm) for norm in norms}) == 1 and batch * places > 1
+
+    def _fused(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
+        norm1, norm2 = self.norm1, self.norm2
+        statistics = None
+        if not _takes_statistics(norm1):
+            running = norm1.running_mean, norm1.running_var, norm2.running_mean, norm2.running_var
+            statistics = torch.stack(running)
+        out, used = depthwise_block(
+            hidden, norm1.weight, norm1.bias, self.conv2.weight, self.conv2.bias, norm2.weight, norm2.bias, grid,
+            statistics=statistics, eps=(norm1.eps, norm2.eps), backend=self.backend,
+        )  # fmt: skip
+        count = hidden.shape[0] * hidden.shape[1]
+        _track(norm1, used[0], used[1], count)
+        _track(norm2, used[2], used[3], count)
+        return out
+
+    def _layers(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
+        s = F.gelu(_on_grid(self.norm1, hidden, grid))
+        return F.gelu(_on_grid(lambda maps: self.norm2(self.conv2(maps)), s, grid)) + s
 
     def extra_repr(self) -> str:
         return f"grid_size={self.grid_size}"
+
+
+def _on_grid(layer: Callable[[Tensor], Tensor], x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """`layer`, for maps (B, C, gh, gw), on places x (B, gh gw, C): channels_last, and so without a copy."""
+    return layer(x.unflatten(1, grid).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+
+
+def _takes_statistics(norm: nn.BatchNorm2d) -> bool:
+    return norm.training or norm.running_mean is None
+
+
+@torch.no_grad()
+def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """What BatchNorm does with the statistics of a batch of `count` values, whose variance is biased."""
+    if not norm.training or norm.running_mean is None:
+        return
+    norm.num_batches_tracked.add_(1)
+    share = 1.0 / norm.num_batches_tracked.to(mean) if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+    norm.running_var.lerp_(var.to(norm.running_var.dtype) * (count / (count - 1)), share)

@@ -1,4 +1,4 @@
-"""The command line: ``fastib train``, ``teacher``, ``eval``, ``analyze`` and ``info``."""
+"""The command line: ``fastib train``, ``teacher``, ``eval``, ``analyze``, ``compare`` and ``info``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 for an error shown on stderr, 128 + signal for a stopped run."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)  # argparse leaves words that follow an option
-    if any(word.startswith("-") for word in rest) or (rest and arguments.run not in (_train, _analyze)):
+    if any(word.startswith("-") for word in rest) or (rest and arguments.run not in (_train, _analyze, _compare)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
     try:
@@ -61,6 +61,16 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("folder", metavar="RUN")
     analyze.add_argument("words", nargs="*", metavar="key=value")
     analyze.set_defaults(run=_analyze)
+    compare = commands.add_parser("compare", help="all methods on one data set, at several shares of it", description=(
+        "Options are key=value over every recipe, or METHOD:key=value over that of one method. A comparison that was "
+        "stopped goes on where it is called again; methods, fractions and seeds may be added."))  # fmt: skip
+    compare.add_argument("words", nargs="*", metavar="METHOD key=value", help="methods to compare; all where none")
+    compare.add_argument("--data", default="digits", help="a folder of images, or digits")
+    compare.add_argument("--fractions", default="1,0.5,0.25,0.1", help="shares of the training images, with commas")
+    compare.add_argument("--seeds", default="0,1,2", help="with commas")
+    compare.add_argument("--epochs", type=int, help="with all images; those of the plain recipe where not given")
+    compare.add_argument("--output", default="runs/compare", metavar="FOLDER")
+    compare.set_defaults(run=_compare)
     commands.add_parser("info", help="versions, backends, methods, recipes, models").set_defaults(run=_info)
     return parser
 
@@ -105,6 +115,28 @@ def _analyze(arguments) -> None:
         print(f"wrote {path}")
     if analysis.note:
         print(analysis.note)
+
+
+def _compare(arguments) -> None:
+    from fastib.train.compare import Comparison, compare
+
+    words = [*arguments.words, *arguments.rest]
+    comparison = Comparison(
+        Path(arguments.output), arguments.data, [word for word in words if "=" not in word],
+        _numbers("--fractions", arguments.fractions, float), _numbers("--seeds", arguments.seeds, int),
+        arguments.epochs, [word for word in words if "=" in word],
+    )  # fmt: skip
+    files = compare(comparison)
+    print(files[0].read_text(encoding="utf-8"))
+    for path in files:
+        print(f"wrote {path}")
+
+
+def _numbers(name: str, text: str, kind: type) -> list:
+    try:
+        return [kind(word) for word in text.split(",") if word]
+    except ValueError:
+        raise ConfigError(f"{name}: expected numbers with commas between them, got {text!r}") from None
 
 
 def _show_tables(tables: dict[str, dict[str, dict[str, float | str]]], stderr: bool = True) -> None:

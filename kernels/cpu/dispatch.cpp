@@ -4,6 +4,7 @@
 
 #include "attention_link.h"
 #include "cls_attention.h"
+#include "depthwise_block.h"
 #include "feature_alignment.h"
 #include "generalized_conv.h"
 #include "head_token_attention.h"
@@ -11,23 +12,27 @@
 #include "mhca_attention.h"
 
 // Every kernel with a copy per instruction set: X(name, parameters, arguments).
-#define FASTIB_KERNELS(X)                                                                                             \
-  X(attention_link, (const AttentionLinkParams& params, int64_t begin, int64_t end), (params, begin, end))            \
-  X(cls_attention_backward, (const ClsAttentionGradParams& params, int64_t begin, int64_t end), (params, begin, end)) \
-  X(cls_attention_forward, (const ClsAttentionParams& params, int64_t begin, int64_t end), (params, begin, end))      \
-  X(feature_alignment_forward, (const FeatureAlignmentParams& params, int64_t begin, int64_t end),                    \
-    (params, begin, end))                                                                                             \
-  X(feature_alignment_backward, (const FeatureAlignmentGradParams& params, int64_t begin, int64_t end),               \
-    (params, begin, end))                                                                                             \
-  X(generalized_conv_shift, (const GeneralizedConvShiftParams& params, int64_t begin, int64_t end),                   \
-    (params, begin, end))                                                                                             \
-  X(head_token_attention_backward, (const HeadTokenAttentionGradParams& params, int64_t begin, int64_t end),          \
-    (params, begin, end))                                                                                             \
-  X(head_token_attention_forward, (const HeadTokenAttentionParams& params, int64_t begin, int64_t end),               \
-    (params, begin, end))                                                                                             \
-  X(involution_forward, (const InvolutionParams& params, int64_t begin, int64_t end), (params, begin, end))           \
-  X(involution_backward, (const InvolutionGradParams& params, int64_t begin, int64_t end), (params, begin, end))      \
-  X(mhca_attention_forward, (const MhcaAttentionParams& params, int64_t begin, int64_t end), (params, begin, end))    \
+#define FASTIB_KERNELS(X)                                                                                              \
+  X(attention_link, (const AttentionLinkParams& params, int64_t begin, int64_t end), (params, begin, end))             \
+  X(cls_attention_backward, (const ClsAttentionGradParams& params, int64_t begin, int64_t end), (params, begin, end))  \
+  X(cls_attention_forward, (const ClsAttentionParams& params, int64_t begin, int64_t end), (params, begin, end))       \
+  X(depthwise_block_backward, (const DepthwiseBlockGradParams& params, BackwardPass pass, int64_t begin, int64_t end), \
+    (params, pass, begin, end))                                                                                        \
+  X(depthwise_block_forward, (const DepthwiseBlockParams& params, ForwardPass pass, int64_t begin, int64_t end),       \
+    (params, pass, begin, end))                                                                                        \
+  X(feature_alignment_forward, (const FeatureAlignmentParams& params, int64_t begin, int64_t end),                     \
+    (params, begin, end))                                                                                              \
+  X(feature_alignment_backward, (const FeatureAlignmentGradParams& params, int64_t begin, int64_t end),                \
+    (params, begin, end))                                                                                              \
+  X(generalized_conv_shift, (const GeneralizedConvShiftParams& params, int64_t begin, int64_t end),                    \
+    (params, begin, end))                                                                                              \
+  X(head_token_attention_backward, (const HeadTokenAttentionGradParams& params, int64_t begin, int64_t end),           \
+    (params, begin, end))                                                                                              \
+  X(head_token_attention_forward, (const HeadTokenAttentionParams& params, int64_t begin, int64_t end),                \
+    (params, begin, end))                                                                                              \
+  X(involution_forward, (const InvolutionParams& params, int64_t begin, int64_t end), (params, begin, end))            \
+  X(involution_backward, (const InvolutionGradParams& params, int64_t begin, int64_t end), (params, begin, end))       \
+  X(mhca_attention_forward, (const MhcaAttentionParams& params, int64_t begin, int64_t end), (params, begin, end))     \
   X(mhca_attention_backward, (const MhcaAttentionGradParams& params, int64_t begin, int64_t end), (params, begin, end))
 
 namespace fastib {

@@ -96,6 +96,33 @@ def test_the_class_token_is_only_weighed():
     assert (out[:, 0] / x[:, 0]).min() < 0  # no sigmoid
 
 
+def change(module: DAFF, kind: str) -> None:
+    for norm in (module.norm1, module.norm2):
+        if kind == "cumulative":
+            norm.momentum = None
+        elif kind == "no running statistics":
+            norm.track_running_stats, norm.running_mean, norm.running_var, norm.num_batches_tracked = False, *3 * [None]
+    if kind == "one frozen":
+        module.norm2.eval()
+    elif kind == "both frozen":
+        module.norm1.eval(), module.norm2.eval()
+
+
+@pytest.mark.parametrize("kind", ["plain", "cumulative", "no running statistics", "one frozen", "both frozen"])
+def test_norms_of_every_kind_are_those_of_pytorch(kind):
+    """Three steps of training and one of evaluation beside the same layers run by PyTorch: outputs and buffers."""
+    fused, layers = shaken(8, 20, (3, 5)).train(), shaken(8, 20, (3, 5)).train()
+    layers._can_fuse = lambda hidden: False
+    for module in (fused, layers):
+        change(module, kind)
+    assert fused._can_fuse(torch.zeros(2, 15, 20)) is (kind != "one frozen")
+    x = tokens(4, 16, 8).detach()
+    for step in range(3):
+        torch.testing.assert_close(fused(x + step), layers(x + step), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(fused.eval()(x), layers.eval()(x), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(dict(fused.named_buffers()), dict(layers.named_buffers()), rtol=1e-9, atol=1e-10)
+
+
 def test_synchronised_norms():
     """PyTorch's converter finds all three; in evaluation the numbers stay."""
     module, x = shaken(8, 20, (3, 5)).eval(), tokens(2, 16, 8)
