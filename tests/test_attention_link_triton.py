@@ -38,14 +38,16 @@ CLS_CASES = {
     "several blocks": (1, 1, 300, 64, 1, True, torch.float32, True),
     "prefix longer than a block": (1, 1, 300, 64, 150, False, torch.float32, False),
 }
-# B, M, C, S, dtype, masked
+# B, M, C, S, dtype, links: all, a random half, or blocks along the diagonal and some channels without any
 LINK_CASES = {
-    "small": (2, 5, 7, 9, torch.float32, False),
-    "one of each": (1, 1, 1, 1, torch.float32, False),
-    "masked": (3, 40, 50, 49, torch.float32, True),
-    "several blocks": (2, 72, 95, 196, torch.float32, False),
-    "bfloat16": (2, 36, 40, 70, torch.bfloat16, True),
-    "float16": (2, 36, 40, 70, torch.float16, False),
+    "small": (2, 5, 7, 9, torch.float32, "all"),
+    "one of each": (1, 1, 1, 1, torch.float32, "all"),
+    "masked": (3, 40, 50, 49, torch.float32, "half"),
+    "several blocks": (2, 72, 95, 196, torch.float32, "all"),
+    "bfloat16": (2, 36, 40, 70, torch.bfloat16, "half"),
+    "float16": (2, 36, 40, 70, torch.float16, "all"),
+    "diagonal": (2, 72, 95, 49, torch.float32, "blocks"),
+    "diagonal, bfloat16": (2, 72, 95, 70, torch.bfloat16, "blocks"),
 }
 
 
@@ -73,11 +75,14 @@ def run_cls_reference(case, tensors):
 
 
 def link_inputs(case):
-    B, M, C, S, dtype, masked = LINK_CASES[case]
+    B, M, C, S, dtype, links = LINK_CASES[case]
     torch.manual_seed(0)
     wide = torch.promote_types(dtype, torch.float32)
     attn, weight = torch.randn(B, M, S).softmax(-1).to(dtype), torch.randn(C, M).to(dtype).to(wide)
-    mask = torch.rand(C, M) > 0.5 if masked else None
+    mask = None if links == "all" else torch.rand(C, M) > 0.5
+    if links == "blocks":
+        place = torch.arange(C)[:, None] * M // C
+        mask = ((torch.arange(M) - place).abs() < 9) & (torch.arange(C) < C - 33)[:, None]
     return attn, weight, 0.01 * torch.randn(C), torch.randn(B, C, S).to(dtype), mask, torch.rand(B, C)
 
 

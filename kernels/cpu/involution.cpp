@@ -22,55 +22,31 @@ void run(const Params& params, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) std::apply([unit](auto&... work) { (work.unit(unit), ...); }, works);
 }
 
-// Whether the taps of a run can be multiplied in pairs.
-[[maybe_unused]] bool pairs(const InvolutionParams& p) { return p.stride == 1 && p.dilation == 1 && p.K <= 9; }
-
-template <typename E>
-void forward(const InvolutionParams& p, int64_t begin, int64_t end) {
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<E, bfloat16>)
-    if (pairs(p)) return run<InvolutionForward<Paired, E>>(p, begin, end);
-#endif
-  run<InvolutionForward<Single<Compute<E>>, E>>(p, begin, end);
-}
-
-template <typename E>
-void backward(const InvolutionGradParams& g, int64_t begin, int64_t end) {
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<E, bfloat16>) {
-    if (pairs(g.forward)) return run<InvolutionGradX<Paired, E>, InvolutionGradWeight<Paired, E>>(g, begin, end);
-    return run<InvolutionGradX<Single<float>, E>, InvolutionGradWeight<Paired, E>>(g, begin, end);
-  }
-#endif
-  using M = Single<Compute<E>>;
-  run<InvolutionGradX<M, E>, InvolutionGradWeight<M, E>>(g, begin, end);
-}
-
 }  // namespace
 
 void involution_forward(const InvolutionParams& p, int64_t begin, int64_t end) {
   switch (p.dtype) {
     case DType::float32:
-      return forward<float>(p, begin, end);
+      return run<InvolutionForward<float>>(p, begin, end);
     case DType::bfloat16:
-      return forward<bfloat16>(p, begin, end);
+      return run<InvolutionForward<bfloat16>>(p, begin, end);
     case DType::float16:
-      return forward<float16>(p, begin, end);
+      return run<InvolutionForward<float16>>(p, begin, end);
     case DType::float64:
-      return forward<double>(p, begin, end);
+      return run<InvolutionForward<double>>(p, begin, end);
   }
 }
 
 void involution_backward(const InvolutionGradParams& g, int64_t begin, int64_t end) {
   switch (g.forward.dtype) {
     case DType::float32:
-      return backward<float>(g, begin, end);
+      return run<InvolutionGradX<float>, InvolutionGradWeight<float>>(g, begin, end);
     case DType::bfloat16:
-      return backward<bfloat16>(g, begin, end);
+      return run<InvolutionGradX<bfloat16>, InvolutionGradWeight<bfloat16>>(g, begin, end);
     case DType::float16:
-      return backward<float16>(g, begin, end);
+      return run<InvolutionGradX<float16>, InvolutionGradWeight<float16>>(g, begin, end);
     case DType::float64:
-      return backward<double>(g, begin, end);
+      return run<InvolutionGradX<double>, InvolutionGradWeight<double>>(g, begin, end);
   }
 }
 

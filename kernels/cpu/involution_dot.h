@@ -4,17 +4,15 @@
 // meets it.
 #pragma once
 
-#include "involution_taps.h"
 #include "part_lanes.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 
 // Where the operands and results of one vector of pixels lie, for R rows and K x K taps; steps in elements.
-template <typename M, typename E>
+template <typename T, typename E>
 struct DotWindow {
-  using Unit = typename M::Unit;
   int64_t K, channels, lanes;  // lanes: pixels that exist
-  const Unit *x, *g;
+  const T *x, *g;
   const int64_t* x_column;  // (K,) offset of each column of taps in x
   int64_t x_channel, x_row, g_channel, g_row;
   E* out;
@@ -22,25 +20,24 @@ struct DotWindow {
 };
 
 // U x R sums of one column of taps. While it adds up, it asks for the memory at `ahead` that a later tile will write.
-template <typename M, typename E, int U, int S, int R>
-inline __attribute__((always_inline)) void dot_tile(const DotWindow<M, E>& at, const typename M::Unit* x, E* out,
-                                                    const E* ahead) {
-  const typename M::Unit* g = at.g;
-  Vec<typename M::Sum> sum[U][R] = {};
+template <typename T, typename E, int U, int S, int R>
+inline __attribute__((always_inline)) void dot_tile(const DotWindow<T, E>& at, const T* x, E* out, const E* ahead) {
+  const T* g = at.g;
+  Vec<T> sum[U][R] = {};
   for (int64_t c = 0; c < at.channels; ++c, x += at.x_channel, g += at.g_channel) {
     if (c < U)
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + c * at.out_u + r * at.out_row, 1);
-    typename M::Operand grad[R];
+    Vec<T> grad[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) grad[r] = M::operand(g + r * at.g_row);
+    for (int r = 0; r < R; ++r) grad[r] = in_register(load(g + r * at.g_row));
 #pragma GCC unroll 32
     for (int row = 0; row < (R - 1) * S + U; ++row) {
-      const typename M::Operand value = M::operand(x + row * at.x_row);
+      const Vec<T> value = in_register(load(x + row * at.x_row));
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const int u = row - r * S;
-        if (u >= 0 && u < U) sum[u][r] = M::dot(sum[u][r], grad[r], value);
+        if (u >= 0 && u < U) sum[u][r] += grad[r] * value;
       }
     }
   }
@@ -50,33 +47,33 @@ inline __attribute__((always_inline)) void dot_tile(const DotWindow<M, E>& at, c
     for (int r = 0; r < R; ++r) store_part(out + u * at.out_u + r * at.out_row, sum[u][r], at.lanes);
 }
 
-template <typename M, typename E, int U, int S, int R>
-void dot_columns(const DotWindow<M, E>& window, int64_t u) {
-  const DotWindow<M, E> at = window;  // in registers, out of reach of the stores
-  const typename M::Unit* x = at.x + u * at.x_row;
+template <typename T, typename E, int U, int S, int R>
+void dot_columns(const DotWindow<T, E>& window, int64_t u) {
+  const DotWindow<T, E> at = window;  // in registers, out of reach of the stores
+  const T* x = at.x + u * at.x_row;
   E* out = at.out + u * at.out_u;
   for (int64_t v = 0; v < at.K; ++v) {
     const int64_t later = v + 2 < at.K ? v + 2 : v;
-    dot_tile<M, E, U, S, R>(at, x + at.x_column[v], out + v * at.out_v, out + later * at.out_v + at.lanes - 1);
+    dot_tile<T, E, U, S, R>(at, x + at.x_column[v], out + v * at.out_v, out + later * at.out_v + at.lanes - 1);
   }
 }
 
 // All taps, in as few tiles as the registers allow.
-template <typename M, typename E, int S, int R>
-void dot_window(const DotWindow<M, E>& at) {
+template <typename T, typename E, int S, int R>
+void dot_window(const DotWindow<T, E>& at) {
   constexpr bool wide = kVectorRegisters == 32;
   for (int64_t u = 0; u < at.K;) {
     const int64_t left = at.K - u;
     if (wide && left >= 7 && left != 9)
-      dot_columns<M, E, 7, S, R>(at, u), u += 7;
+      dot_columns<T, E, 7, S, R>(at, u), u += 7;
     else if (wide && left >= 5)
-      dot_columns<M, E, 5, S, R>(at, u), u += 5;
+      dot_columns<T, E, 5, S, R>(at, u), u += 5;
     else if (left >= 4)
-      dot_columns<M, E, 4, S, R>(at, u), u += 4;
+      dot_columns<T, E, 4, S, R>(at, u), u += 4;
     else if (left == 3)
-      dot_columns<M, E, 3, S, R>(at, u), u += 3;
+      dot_columns<T, E, 3, S, R>(at, u), u += 3;
     else
-      dot_columns<M, E, 1, S, R>(at, u), u += 1;
+      dot_columns<T, E, 1, S, R>(at, u), u += 1;
   }
 }
 

@@ -2,12 +2,12 @@
 #pragma once
 
 #include "involution_dot.h"
-#include "involution_runs.h"
+#include "involution_pack.h"
 #include "stream.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 
-template <typename M, typename E>
+template <typename E>
 class InvolutionGradWeight {
  public:
   explicit InvolutionGradWeight(const InvolutionGradParams& g) : g(g), p(g.forward), group(p.C / p.G) {
@@ -32,9 +32,8 @@ class InvolutionGradWeight {
   }
 
   void lay_out(Layout& memory) {
-    const int64_t planes = ChannelPlanes<M>::planes(group);
-    memory.take(x.dst, planes * x.channel_step + W);
-    memory.take(grad.dst, planes * grad.channel_step + W);
+    memory.take(x.dst, group * x.channel_step + W);
+    memory.take(grad.dst, group * grad.channel_step + W);
     memory.take(x_column, p.K);
     if (x_column)
       for (int64_t v = 0, q = 0; v < p.K; ++v, q += p.dilation) x_column[v] = q % p.stride * x.width + q / p.stride;
@@ -67,9 +66,8 @@ class InvolutionGradWeight {
   }
 
  private:
-  using Unit = typename M::Unit;
-  using Sum = typename M::Sum;
-  static constexpr int64_t W = kLanes<Sum>;
+  using T = Compute<E>;
+  static constexpr int64_t W = kLanes<T>;
 
   // A step between planes that spreads them over the sets of a cache: an odd number of vectors.
   static int64_t spread(int64_t units) { return (divide_up(units, W) | 1) * W; }
@@ -96,6 +94,10 @@ class InvolutionGradWeight {
   void tiles(int64_t i) {
     for (int64_t j = 0; j < p.Wo; j += W) {
       if (p.channels_last) {
+        for (int r = 0; r < R; ++r)  // what flush will write
+          for (int64_t l = 0; l < smaller(p.Wo - j, W); ++l)
+            for (int64_t k = 0; k < p.K * p.K; k += 64 / sizeof(E))
+              __builtin_prefetch(to.at(0, 0, i + r * apart, j + l) + k, 1);
         window<R>(i, j, out, W, p.K * W, W, taps() * W);
         for (int r = 0; r < R; ++r) flush(out + r * taps() * W, i + r * apart, j);
       } else {
@@ -106,8 +108,8 @@ class InvolutionGradWeight {
 
   template <int R, typename Out>
   void window(int64_t i, int64_t j, Out* sums, int64_t lanes, int64_t u, int64_t v, int64_t row) const {
-    const DotWindow<M, Out> at{p.K,
-                               ChannelPlanes<M>::planes(group),
+    const DotWindow<T, Out> at{p.K,
+                               group,
                                lanes,
                                x.dst + (i * p.stride - pad - x.first_row) * x.row_step() + j,
                                grad.dst + (i - grad.first_row) * grad.row_step() + j,
@@ -121,20 +123,20 @@ class InvolutionGradWeight {
                                v,
                                row};
     if (pattern == 2)
-      dot_window<M, Out, 2, R>(at);
+      dot_window<T, Out, 2, R>(at);
     else
-      dot_window<M, Out, 1, R>(at);
+      dot_window<T, Out, 1, R>(at);
   }
 
   int64_t taps() const { return divide_up(p.K * p.K, W) * W; }  // of one pixel, in whole vectors
 
   // Vectors of pixels (taps, lanes) -> the dense taps of row i, columns [j, j + lanes).
-  void flush(const Sum* sums, int64_t i, int64_t j) const {
+  void flush(const T* sums, int64_t i, int64_t j) const {
     const int64_t n = smaller(p.Wo - j, W), all = p.K * p.K;
     for (int64_t tap = 0; tap < all; tap += W) {
-      Vec<Sum> square[W];
+      Vec<T> square[W];
       for (int l = 0; l < W; ++l) square[l] = load(sums + (tap + l) * W);
-      transpose<Sum>(square);
+      transpose<T>(square);
       for (int64_t l = 0; l < n; ++l) store_part(to.at(0, 0, i, j + l) + tap, square[l], all - tap);
     }
   }
@@ -142,10 +144,10 @@ class InvolutionGradWeight {
   const InvolutionGradParams& g;
   const InvolutionParams& p;
   int64_t group, pad, rows, apart, between, pattern;
-  ChannelPlanes<M> x, grad;
+  ChannelPlanes<T> x, grad;
   Weights<E> to{};
   int64_t* x_column = nullptr;
-  Sum* out = nullptr;
+  T* out = nullptr;
   E* rows_out = nullptr;
 };
 

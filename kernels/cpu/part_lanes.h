@@ -7,14 +7,28 @@ namespace fastib::FASTIB_ISA_NAMESPACE {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+#if defined(__AVX512BW__)
+inline uint32_t first_lanes(int64_t n) { return n <= 0 ? 0 : (1u << n) - 1; }  // n below 32
+#endif
+
 // Lanes [0, n) of memory, zero beyond; nothing beyond is read.
 template <typename E>
 inline Vec<Compute<E>> load_part(const E* p, int64_t n) {
   constexpr int W = kLanes<Compute<E>>;
   if (n >= W) return load_row(p);
-#if defined(__AVX512F__)
-  if constexpr (sizeof(E) == 4) return (Vec<Compute<E>>)_mm512_maskz_loadu_ps((1u << n) - 1, p);
-  if constexpr (sizeof(E) == 8) return (Vec<Compute<E>>)_mm512_maskz_loadu_pd((1u << n) - 1, p);
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(E) == 4) return (Vec<Compute<E>>)_mm512_maskz_loadu_ps(first_lanes(n), p);
+  if constexpr (sizeof(E) == 8) return (Vec<Compute<E>>)_mm512_maskz_loadu_pd(first_lanes(n), p);
+  if constexpr (sizeof(E) == 2) {
+    const __m256i part = _mm256_maskz_loadu_epi16(first_lanes(n), p);
+    return load_row(reinterpret_cast<const E*>(&part));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(E) == 4) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return (Vec<E>)_mm256_maskload_ps((const float*)p,
+                                      _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lanes));
+  }
 #endif
   E part[W] = {};
   for (int64_t l = 0; l < n; ++l) part[l] = p[l];
@@ -25,15 +39,15 @@ template <typename E>
 inline void store_part(E* p, Vec<Compute<E>> x, int64_t n) {
   constexpr int W = kLanes<Compute<E>>;
   if (n >= W) return store_row(p, x);
-#if defined(__AVX512F__)
-  if constexpr (sizeof(E) == 4) return _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)x);
-  if constexpr (sizeof(E) == 8) return _mm512_mask_storeu_pd(p, (1u << n) - 1, (__m512d)x);
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(E) == 4) return _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)x);
+  if constexpr (sizeof(E) == 8) return _mm512_mask_storeu_pd(p, first_lanes(n), (__m512d)x);
 #endif
   E part[W];
   store_row(part, x);
 #if defined(__AVX512BW__)
   if constexpr (sizeof(E) == 2)
-    return _mm256_mask_storeu_epi16(p, (1u << n) - 1, _mm256_loadu_si256((const __m256i*)part));
+    return _mm256_mask_storeu_epi16(p, first_lanes(n), _mm256_loadu_si256((const __m256i*)part));
 #endif
   for (int64_t l = 0; l < n; ++l) p[l] = part[l];
 }

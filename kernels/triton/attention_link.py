@@ -4,6 +4,7 @@
 
 Every kernel makes the tiles of a that it needs: a is never in memory. The forward leaves three numbers a map, from
 which the gradient to a tile of a follows: its factor 1 / |a|, the teacher's, and the part of the difference along a.
+Where links are left out, a block of channels works on the maps between its first and its last link alone.
 Floor per image: C S teacher elements read, 2 C M S operations forward, 4 more with gradients.
 """
 
@@ -25,14 +26,26 @@ def _tile(attn: torch.Tensor) -> tuple[int, int, int]:
 
 
 @triton.jit
+def _linked(linked_ptr, block, M):
+    """First (a whole tile) and end of the maps that a block of channels is linked to."""
+    if linked_ptr is not None:
+        first = tl.load(linked_ptr + 2 * block)
+        end = tl.load(linked_ptr + 2 * block + 1)
+    else:
+        first = 0
+        end = M
+    return first, end
+
+
+@triton.jit
 def _maps(
-    w_ptr, bias_ptr, attn_ptr, stride_am, c, s, C, M, S, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+    w_ptr, bias_ptr, attn_ptr, stride_am, c, s, first, end, C, M, S, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """The tile (c, s) of a, 0 outside. w: (C, M) dense."""
+    """The tile (c, s) of a, 0 outside, whose links are to the maps from first to end. w: (C, M) dense."""
     bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     a = tl.zeros((BLOCK_C, BLOCK_S), tl.float32) + bias[:, None]
-    for start in range(0, M, BLOCK_M):
+    for start in range(first, end, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         w = tl.load(w_ptr + c[:, None] * M + m[None, :], mask=(c < C)[:, None] & (m < M)[None, :], other=0.0)
         attn = tl.load(
@@ -64,7 +77,7 @@ def _map_gradient(a, t, stats_ptr, scale_ptr, bc, c, C):
 
 @triton.jit(do_not_specialize=SCALARS)
 def attention_link_fwd_kernel(
-    attn_ptr, w_ptr, bias_ptr, target_ptr, loss_ptr, stats_ptr, stride_ab, stride_am, stride_tb, stride_tc,
+    attn_ptr, w_ptr, bias_ptr, linked_ptr, target_ptr, loss_ptr, stats_ptr, stride_ab, stride_am, stride_tb, stride_tc,
     C, M, S, eps, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """loss (B, C) and stats (B, C, 3). Program: an image and BLOCK_C channels."""
@@ -72,11 +85,12 @@ def attention_link_fwd_kernel(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     attn_ptr += b * stride_ab
     target_ptr += b * stride_tb
+    first, end = _linked(linked_ptr, tl.program_id(0), M)
     lane = tl.arange(0, BLOCK_S)
     aa = tl.zeros((BLOCK_C,), tl.float32)
     tt = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, S, BLOCK_S):
-        a = _maps(w_ptr, bias_ptr, attn_ptr, stride_am, c, start + lane, C, M, S, BLOCK_C, BLOCK_M, BLOCK_S)
+        a = _maps(w_ptr, bias_ptr, attn_ptr, stride_am, c, start + lane, first, end, C, M, S, BLOCK_C, BLOCK_M, BLOCK_S)
         t = _teacher(target_ptr, stride_tc, c, start + lane, C, S)
         aa += tl.sum(a * a, 1)
         tt += tl.sum(t * t, 1)
@@ -87,7 +101,7 @@ def attention_link_fwd_kernel(
     loss = tl.zeros((BLOCK_C,), tl.float32)
     along = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, S, BLOCK_S):
-        a = _maps(w_ptr, bias_ptr, attn_ptr, stride_am, c, start + lane, C, M, S, BLOCK_C, BLOCK_M, BLOCK_S)
+        a = _maps(w_ptr, bias_ptr, attn_ptr, stride_am, c, start + lane, first, end, C, M, S, BLOCK_C, BLOCK_M, BLOCK_S)
         t = _teacher(target_ptr, stride_tc, c, start + lane, C, S)
         unit = a * a_factor[:, None]
         d = unit - t * t_factor[:, None]
@@ -103,8 +117,8 @@ def attention_link_fwd_kernel(
 
 @triton.jit(do_not_specialize=SCALARS)
 def attention_link_bwd_attn_kernel(
-    attn_ptr, w_ptr, bias_ptr, target_ptr, stats_ptr, scale_ptr, dattn_ptr, stride_ab, stride_am, stride_tb, stride_tc,
-    C, M, S, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
+    attn_ptr, w_ptr, bias_ptr, linked_ptr, target_ptr, stats_ptr, scale_ptr, dattn_ptr, stride_ab, stride_am,
+    stride_tb, stride_tc, C, M, S, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """dattn (B, M, S) dense. Program: an image, BLOCK_M maps and BLOCK_S positions; it walks along the channels."""
     b = tl.program_id(2).to(tl.int64)
@@ -113,21 +127,26 @@ def attention_link_bwd_attn_kernel(
     attn_ptr += b * stride_ab
     target_ptr += b * stride_tb
     grad = tl.zeros((BLOCK_M, BLOCK_S), tl.float32)
-    for start in range(0, C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        a = _maps(w_ptr, bias_ptr, attn_ptr, stride_am, c, s, C, M, S, BLOCK_C, BLOCK_M, BLOCK_S)
-        t = _teacher(target_ptr, stride_tc, c, s, C, S)
-        da = _map_gradient(a, t, stats_ptr, scale_ptr, b * C, c, C)
-        w = tl.load(w_ptr + c[:, None] * M + m[None, :], mask=(c < C)[:, None] & (m < M)[None, :], other=0.0)
-        grad = tl.dot(tl.trans(w), da.to(w.dtype), grad, input_precision=PRECISION)
+    for block in range(0, tl.cdiv(C, BLOCK_C)):
+        c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+        first, end = _linked(linked_ptr, block, M)
+        meets = True
+        if linked_ptr is not None:
+            meets = (first < (tl.program_id(1) + 1) * BLOCK_M) & (end > tl.program_id(1) * BLOCK_M)
+        if meets:
+            a = _maps(w_ptr, bias_ptr, attn_ptr, stride_am, c, s, first, end, C, M, S, BLOCK_C, BLOCK_M, BLOCK_S)
+            t = _teacher(target_ptr, stride_tc, c, s, C, S)
+            da = _map_gradient(a, t, stats_ptr, scale_ptr, b * C, c, C)
+            w = tl.load(w_ptr + c[:, None] * M + m[None, :], mask=(c < C)[:, None] & (m < M)[None, :], other=0.0)
+            grad = tl.dot(tl.trans(w), da.to(w.dtype), grad, input_precision=PRECISION)
     inside = (m < M)[:, None] & (s < S)[None, :]
     tl.store(dattn_ptr + (b * M + m[:, None]) * S + s[None, :], grad.to(dattn_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=SCALARS)
 def attention_link_bwd_weight_kernel(
-    attn_ptr, w_ptr, bias_ptr, target_ptr, stats_ptr, scale_ptr, dw_ptr, dbias_ptr, stride_ab, stride_am, stride_tb,
-    stride_tc, B, C, M, S, per_chunk, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
+    attn_ptr, w_ptr, bias_ptr, linked_ptr, target_ptr, stats_ptr, scale_ptr, dw_ptr, dbias_ptr, stride_ab, stride_am,
+    stride_tb, stride_tc, B, C, M, S, per_chunk, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Parts (chunks, C, M) of dw and (chunks, C) of dbias. Program: BLOCK_C channels, BLOCK_M maps, a run of images."""
     chunk = tl.program_id(2).to(tl.int64)
@@ -136,11 +155,17 @@ def attention_link_bwd_weight_kernel(
     lane = tl.arange(0, BLOCK_S)
     grad = tl.zeros((BLOCK_C, BLOCK_M), tl.float32)
     total = tl.zeros((BLOCK_C,), tl.float32)
-    for b in range(chunk * per_chunk, tl.minimum((chunk + 1) * per_chunk, B)):
+    first, end = _linked(linked_ptr, tl.program_id(0), M)
+    last_image = tl.minimum((chunk + 1) * per_chunk, B)
+    if linked_ptr is not None:  # no link to any of these maps: their gradient is 0; the first program sums the bias's
+        column = tl.program_id(1) * BLOCK_M
+        meets = ((first < column + BLOCK_M) & (end > column)) | (column == 0)
+        last_image = tl.where(meets, last_image, 0)
+    for b in range(chunk * per_chunk, last_image):
         for start in range(0, S, BLOCK_S):
             s = start + lane
             maps_ptr = attn_ptr + b * stride_ab
-            a = _maps(w_ptr, bias_ptr, maps_ptr, stride_am, c, s, C, M, S, BLOCK_C, BLOCK_M, BLOCK_S)
+            a = _maps(w_ptr, bias_ptr, maps_ptr, stride_am, c, s, first, end, C, M, S, BLOCK_C, BLOCK_M, BLOCK_S)
             t = _teacher(target_ptr + b * stride_tb, stride_tc, c, s, C, S)
             da = _map_gradient(a, t, stats_ptr, scale_ptr, b * C, c, C)
             inside = (m < M)[:, None] & (s < S)[None, :]
@@ -164,7 +189,19 @@ def _prepare(attn, weight, target, mask):
     return attn, weight.to(attn.dtype).contiguous(), target
 
 
-def _forward(attn, weight, bias, target, eps):
+def _links(mask, tile):
+    """For each block of channels the first, a whole tile, and the end of the maps that it is linked to: (blocks, 2)."""
+    if mask is None or mask.numel() == 0:
+        return None
+    channels, maps = mask.shape
+    blocks = triton.cdiv(channels, tile[0])
+    rows = torch.nn.functional.pad(mask, (0, 0, 0, blocks * tile[0] - channels)).view(blocks, tile[0], maps).any(1)
+    at = torch.arange(maps, device=mask.device, dtype=torch.int32)
+    first = torch.where(rows, at, maps).amin(1) // tile[1] * tile[1]
+    return torch.stack([first, torch.where(rows, at + 1, 0).amax(1)], 1).to(torch.int32)
+
+
+def _forward(attn, weight, bias, target, mask, eps):
     """loss (B, C) and the statistics of each map, for the gradients."""
     B, M, S = attn.shape
     C = weight.shape[0]
@@ -175,8 +212,8 @@ def _forward(attn, weight, bias, target, eps):
     tile = _tile(attn)
     with device_guard(attn):
         attention_link_fwd_kernel[(triton.cdiv(C, tile[0]), B)](
-            attn, weight, bias.contiguous(), target, loss, stats, *attn.stride()[:2], *target.stride()[:2],
-            C, M, S, float(eps), *tile, num_warps=WARPS,
+            attn, weight, bias.contiguous(), _links(mask, tile), target, loss, stats,
+            *attn.stride()[:2], *target.stride()[:2], C, M, S, float(eps), *tile, num_warps=WARPS,
         )  # fmt: skip
     return loss, stats
 
@@ -195,13 +232,14 @@ def _gradients(attn, weight, bias, target, mask, stats, scale):
     tile = _tile(attn)
     blocks = [triton.cdiv(n, block) for n, block in zip((C, M, S), tile, strict=True)]
     strides = *attn.stride()[:2], *target.stride()[:2]
+    linked = _links(mask, tile)
     with device_guard(attn):
         attention_link_bwd_attn_kernel[(blocks[2], blocks[1], B)](
-            attn, weight, bias, target, stats, scale, dattn, *strides,
+            attn, weight, bias, linked, target, stats, scale, dattn, *strides,
             C, M, S, *tile, num_warps=WARPS,
         )  # fmt: skip
         attention_link_bwd_weight_kernel[(blocks[0], blocks[1], chunks)](
-            attn, weight, bias, target, stats, scale, dweight, dbias, *strides,
+            attn, weight, bias, linked, target, stats, scale, dweight, dbias, *strides,
             B, C, M, S, per_chunk, *tile, num_warps=WARPS,
         )  # fmt: skip
     dweight = dweight.sum(0)
@@ -211,7 +249,7 @@ def _gradients(attn, weight, bias, target, mask, stats, scale):
 def attention_link_fwd(attn, weight, bias, target, mask, eps):
     """loss (B, C) float32. Arguments: the native op's. RuntimeError for a dtype not taken."""
     attn, weight, target = _prepare(attn, weight, target, mask)
-    return _forward(attn, weight, bias, target, eps)[0]
+    return _forward(attn, weight, bias, target, mask, eps)[0]
 
 
 def attention_link_bwd(grad, attn, weight, bias, target, mask, eps):
@@ -229,5 +267,5 @@ def _both(attn, weight, bias, target, mask, eps, scale):
         loss = attn.new_zeros((attn.shape[0], weight.shape[0]), dtype=torch.float32)
         return loss, attn.new_zeros(attn.shape), torch.zeros_like(weight), torch.zeros_like(bias)
     attn, weight, target = _prepare(attn, weight, target, mask)
-    loss, stats = _forward(attn, weight, bias, target, eps)
+    loss, stats = _forward(attn, weight, bias, target, mask, eps)
     return loss, *_gradients(attn, weight, bias, target, mask, stats, scale)
