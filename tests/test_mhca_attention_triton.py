@@ -26,7 +26,7 @@ from triton_tools import (  # noqa: E402
     launches_of,
 )
 
-from fastib.kernels.triton import mhca_attention, mhca_attention_tile  # noqa: E402
+from fastib.kernels.triton import mhca_attention, relative_position  # noqa: E402
 from fastib.kernels.triton.philox import keep_bits, threshold_and_factor  # noqa: E402
 
 SEED = 0x1234_5678_9ABC_DEF0
@@ -36,7 +36,7 @@ KERNELS = (
     (mhca_attention, "mhca_attention_fwd_kernel"),
     (mhca_attention, "mhca_attention_bwd_kernel"),
     (mhca_attention, "_bwd_reduce_kernel"),
-    (mhca_attention_tile, "_rpe_mask_kernel"),
+    (relative_position, "_rpe_mask_kernel"),
 )
 
 

@@ -131,9 +131,8 @@ class _FeatureAlignment(torch.autograd.Function):
         return output[0]
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return _gradient(ctx, grad)
         with below_autograd():
             return _gradient(ctx, grad)
 

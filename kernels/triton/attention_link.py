@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .mhca_attention_config import DTYPES, device_guard
-from .mhca_attention_tile import PRECISION
+from .attention_config import DTYPES, device_guard
+from .attention_tile import PRECISION
 
 SCALARS = ["B", "C", "M", "S", "per_chunk"]
 WARPS = 8

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .mhca_attention_config import block_dim, check_supported, dense_rows, device_guard, empty_rows
-from .mhca_attention_tile import LOG2E
+from .attention_config import block_dim, check_supported, dense_rows, device_guard, empty_rows
+from .attention_tile import LOG2E
 
 SCALARS = ["H", "N", "first_key"]
 
@@ -104,7 +104,7 @@ def _dense_last(q: torch.Tensor) -> torch.Tensor:
 
 def cls_attention_fwd(q, k, num_prefix_tokens, scale, over_all):
     """probs (B, H, N) in k's dtype. Arguments: the native op's. RuntimeError for a dtype or a size not taken."""
-    check_supported(k)
+    check_supported("cls_attention", k)
     B, H, N, D = k.shape
     probs = k.new_empty((B, H, N))
     first_key = 0 if over_all else num_prefix_tokens
@@ -123,7 +123,7 @@ def cls_attention_fwd(q, k, num_prefix_tokens, scale, over_all):
 
 def cls_attention_bwd(grad, q, k, probs, scale):
     """Gradients to q (B, H, D) and k (B, H, N, D), laid out as (B, N, H, D). Arguments: the native op's."""
-    check_supported(k)
+    check_supported("cls_attention", k)
     B, H, N, D = k.shape
     dq, dk = q.new_empty(q.shape), empty_rows(k)
     if k.numel() == 0:

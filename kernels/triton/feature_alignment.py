@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .mhca_attention_config import DTYPES, device_guard
+from .attention_config import DTYPES, device_guard
 
 SCALARS = ["L", "rows"]
 MAX_CHANNELS = 16384

@@ -15,61 +15,41 @@ import torch
 import triton
 import triton.language as tl
 
-from . import mhca_attention_config as config
-from .mhca_attention_tile import (
-    LOG2E,
-    PRECISION,
-    attn_bits,
-    bit,
-    grid_position,
-    head_position,
-    load_rows,
-    position_exponent,
-    rpe_bits,
-    rpe_mask,
-    store_rows,
-)
+from . import attention_config as config
+from .attention_tile import LOG2E, bit, bwd_kv_tile, bwd_q_tile, fwd_tile, load_rows, store_rows
 from .philox import threshold_and_factor
+from .relative_position import grid_position, head_position, position_exponent, rpe_bits, rpe_mask
 
 SCALARS = ["H", "N", "grid_w", "rpe_threshold", "attn_threshold", "S"]  # never specialised on their value
 
 
 @triton.jit
-def _fwd_tile(
-    state, qkv, rows, task, drop, start,
-    P: tl.constexpr, RPE: tl.constexpr, ATTN: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr,
-    PREFIX: tl.constexpr,
+def _row_term(
+    rows, i, start, N, P: tl.constexpr, RPE: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """One step of the online softmax: keys start ... start + WIDTH - 1. PREFIX: some of them may be prefix tokens.
-
-    state: accumulator (BLOCK_M, BLOCK_D), maximum and denominator (BLOCK_M,). k, v: (WIDTH, BLOCK_D).
-    """
-    acc, m, norm = state
-    q, k, v = qkv
-    i, y_i, x_i, slope = rows
-    bh, h, N, grid_w, scale_log2, center_sq = task
-    rpe_ptr, seed_ptr, threshold, factor = drop
+    """Position term of queries i against keys start ... start + WIDTH - 1, with u, w, r, and where it acts."""
+    y_i, x_i, slope, center_sq, h, grid_w, rpe_ptr = rows
     lane = tl.arange(0, WIDTH)
     j = start + lane
     y_j, x_j = grid_position(start, WIDTH, grid_w, P)
     inside = j[None, :] >= P
     if RPE:  # the mask's bits are 0 on prefix tokens
         inside = bit(rpe_bits(rpe_ptr, h, i, start, N, WIDTH)[:, None], lane[None, :])
-    bias, _, _, _ = position_exponent(
-        slope[:, None], y_i[:, None], x_i[:, None], y_j[None, :], x_j[None, :], center_sq, inside, RPE or PREFIX
+    bias, u, w, r = position_exponent(
+        slope[:, None], y_i[:, None], x_i[:, None], y_j[None, :], x_j[None, :], center_sq, inside, RPE or MASKED
     )
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + bias
-    if not FULL:
-        s = tl.where(j[None, :] < N, s, -float("inf"))
-    m_new = tl.maximum(m, tl.max(s, 1))
-    p = tl.exp2(s - m_new[:, None])
-    rescale = tl.exp2(m - m_new)
-    norm = norm * rescale + tl.sum(p, 1)
-    if ATTN:
-        bits = attn_bits(seed_ptr, bh, i, start, N, threshold, WIDTH)
-        p = tl.where(bit(bits[:, None], lane[None, :]), p * factor, 0.0)
-    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
-    return acc, m_new, norm
+    return bias, u, w, r, inside
+
+
+@triton.jit
+def _fwd_step(
+    state, qkv, rows, i, start, N, scale_log2, drop,
+    P: tl.constexpr, RPE: tl.constexpr, ATTN: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr,
+    PREFIX: tl.constexpr,
+):  # fmt: skip
+    """fwd_tile with the position term. PREFIX: some of the keys may be prefix tokens."""
+    bias, _, _, _, _ = _row_term(rows, i, start, N, P, RPE, WIDTH, PREFIX)
+    return fwd_tile(state, qkv, bias, i, start, N, scale_log2, drop, ATTN, WIDTH, FULL)
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -101,8 +81,8 @@ def mhca_attention_fwd_kernel(
     out_ptr += (b * N * H + h) * D
 
     slope, center_y, center_x, center_sq = head_position(alpha_ptr, center_ptr, h, rpe_factor)
-    task = (bh, h, N, grid_w, scale * LOG2E, center_sq)
-    drop = (rpe_ptr, seed_ptr, attn_threshold, attn_factor)
+    scale_log2 = scale * LOG2E
+    drop = (bh, N, seed_ptr, attn_threshold, attn_factor)
     full = N // BLOCK_N * BLOCK_N
     k_tiles = ()
     v_tiles = ()
@@ -116,7 +96,7 @@ def mhca_attention_fwd_kernel(
     for start_m in range(begin, end, BLOCK_M):
         i = start_m + tl.arange(0, BLOCK_M)
         y_i, x_i = grid_position(start_m, BLOCK_M, grid_w, P)
-        rows = (i, y_i + center_y, x_i + center_x, tl.where(i >= P, slope, 0.0))
+        rows = (y_i + center_y, x_i + center_x, tl.where(i >= P, slope, 0.0), center_sq, h, grid_w, rpe_ptr)
         q = load_rows(q_ptr, start_m, BLOCK_M, stride_qn, N, D, BLOCK_D, False)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         m = tl.full((BLOCK_M,), -3.0e38, tl.float32)  # finite: the scores of a tile may all be -infinity
@@ -126,20 +106,33 @@ def mhca_attention_fwd_kernel(
             for t in tl.static_range(RESIDENT):
                 qkv = (q, k_tiles[t], v_tiles[t])
                 start = t * BLOCK_N + zero
-                acc, m, norm = _fwd_tile(
-                    (acc, m, norm), qkv, rows, task, drop, start, P, RPE, ATTN, BLOCK_N, True, t * BLOCK_N < P
+                acc, m, norm = _fwd_step(
+                    (acc, m, norm),
+                    qkv,
+                    rows,
+                    i,
+                    start,
+                    N,
+                    scale_log2,
+                    drop,
+                    P,
+                    RPE,
+                    ATTN,
+                    BLOCK_N,
+                    True,
+                    t * BLOCK_N < P,
                 )
         else:
             for start in range(0, full, BLOCK_N):
                 k = load_rows(k_ptr, start, BLOCK_N, stride_kn, N, D, BLOCK_D, True)
                 v = load_rows(v_ptr, start, BLOCK_N, stride_vn, N, D, BLOCK_D, True)
-                acc, m, norm = _fwd_tile(
-                    (acc, m, norm), (q, k, v), rows, task, drop, start, P, RPE, ATTN, BLOCK_N, True, P > 0
+                acc, m, norm = _fwd_step(
+                    (acc, m, norm), (q, k, v), rows, i, start, N, scale_log2, drop, P, RPE, ATTN, BLOCK_N, True, P > 0
                 )
         if TAIL > 0:
             qkv = (q, k_tail, v_tail)
-            acc, m, norm = _fwd_tile(
-                (acc, m, norm), qkv, rows, task, drop, full + zero, P, RPE, ATTN, TAIL, False, P > 0
+            acc, m, norm = _fwd_step(
+                (acc, m, norm), qkv, rows, i, full + zero, N, scale_log2, drop, P, RPE, ATTN, TAIL, False, P > 0
             )
         store_rows(out_ptr, start_m, BLOCK_M, H * D, acc / norm[:, None], N, D, BLOCK_D)
         tl.store(stats_ptr + 2 * bh * N + i, m, mask=i < N)
@@ -147,17 +140,13 @@ def mhca_attention_fwd_kernel(
 
 
 @triton.jit
-def _bwd_kv_tile(
-    grads, kv, queries, keys, task, drop, start, D: tl.constexpr, BLOCK_D: tl.constexpr,
+def _bwd_kv_step(
+    grads, kv, queries, keys, start, N, scale_log2, drop, D: tl.constexpr, BLOCK_D: tl.constexpr,
     P: tl.constexpr, RPE: tl.constexpr, ATTN: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Adds queries start ... start + WIDTH - 1 to dk and dv: (keys, BLOCK_D). Tiles are transposed: (keys, WIDTH)."""
-    dk, dv = grads
-    k, v = kv
+    """Adds queries start ... start + WIDTH - 1 to dk and dv."""
     q_ptr, do_ptr, o_ptr, stats_ptr, stride_qn, stride_don, stride_on, center_y, center_x = queries
-    j, start_n, y_j, x_j, slope = keys
-    bh, h, N, grid_w, scale_log2, center_sq = task
-    rpe_ptr, seed_ptr, threshold, factor = drop
+    j, start_n, y_j, x_j, slope, center_sq, h, grid_w, rpe_ptr = keys
     KEYS: tl.constexpr = j.shape[0]
     i = start + tl.arange(0, WIDTH)
     q = load_rows(q_ptr, start, WIDTH, stride_qn, N, D, BLOCK_D, FULL)
@@ -169,63 +158,29 @@ def _bwd_kv_tile(
     y_i, x_i = grid_position(start, WIDTH, grid_w, P)
     y_i += center_y
     x_i += center_x
-    lane = (j - start_n)[:, None]
     inside = i[None, :] >= P
     if RPE:
-        inside = bit(rpe_bits(rpe_ptr, h, i, start_n, N, KEYS)[None, :], lane)
+        inside = bit(rpe_bits(rpe_ptr, h, i, start_n, N, KEYS)[None, :], (j - start_n)[:, None])
     bias, _, _, _ = position_exponent(
         slope[:, None], y_i[None, :], x_i[None, :], y_j[:, None], x_j[:, None], center_sq, inside, RPE or P > 0
     )
-    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 + bias - top[None, :] - log_sum[None, :])
-    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-    p_kept = p
-    if ATTN:
-        keep = bit(attn_bits(seed_ptr, bh, i, start_n, N, threshold, KEYS)[None, :], lane)
-        p_kept = tl.where(keep, p * factor, 0.0)
-        dp = tl.where(keep, dp * factor, 0.0)
-    dv = tl.dot(p_kept.to(do.dtype), do, dv, input_precision=PRECISION)
-    ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
+    return bwd_kv_tile(grads, kv, (q, do, delta, top, log_sum), bias, i, start_n, scale_log2, drop, ATTN, KEYS)
 
 
 @triton.jit
-def _bwd_q_tile(
-    sums, row_tiles, rows, kv, task, drop, start, D: tl.constexpr, BLOCK_D: tl.constexpr,
+def _bwd_q_step(
+    sums, row_tiles, rows, i, kv, start, N, scale_log2, drop, D: tl.constexpr, BLOCK_D: tl.constexpr,
     P: tl.constexpr, RPE: tl.constexpr, ATTN: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Adds keys start ... start + WIDTH - 1 to dq and, for alpha and center, to row sums of ds r, ds u, ds w and ds.
-
-    All of them are larger by the softmax's sum: p is not divided by it.
-    """
+    """Adds keys start ... start + WIDTH - 1 to dq and, for alpha and center, to row sums of ds r, ds u, ds w and ds."""
     dq, sum_r, sum_u, sum_w, sum_1 = sums
-    q, do, top, delta = row_tiles
-    i, y_i, x_i, slope = rows
     k_ptr, v_ptr, stride_kn, stride_vn = kv
-    bh, h, N, grid_w, scale_log2, center_sq = task
-    rpe_ptr, seed_ptr, threshold, factor = drop
-    lane = tl.arange(0, WIDTH)
-    j = start + lane
     k = load_rows(k_ptr, start, WIDTH, stride_kn, N, D, BLOCK_D, FULL)
     v = load_rows(v_ptr, start, WIDTH, stride_vn, N, D, BLOCK_D, FULL)
-    y_j, x_j = grid_position(start, WIDTH, grid_w, P)
-    inside = j[None, :] >= P
-    if RPE:
-        inside = bit(rpe_bits(rpe_ptr, h, i, start, N, WIDTH)[:, None], lane[None, :])
-    bias, u, w, r = position_exponent(
-        slope[:, None], y_i[:, None], x_i[:, None], y_j[None, :], x_j[None, :], center_sq, inside, RPE or P > 0
-    )
-    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + bias - top[:, None])
+    bias, u, w, r, inside = _row_term(rows, i, start, N, P, RPE, WIDTH, P > 0)
+    dq, ds = bwd_q_tile(dq, row_tiles, (k, v), bias, i, start, N, scale_log2, drop, ATTN, WIDTH, FULL)
     if not FULL:
-        p = tl.where(j[None, :] < N, p, 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    if ATTN:
-        bits = attn_bits(seed_ptr, bh, i, start, N, threshold, WIDTH)
-        dp = tl.where(bit(bits[:, None], lane[None, :]), dp * factor, 0.0)
-    ds = p * (dp - delta[:, None])
-    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    if not FULL:
-        inside = inside & (j[None, :] < N)
+        inside = inside & ((start + tl.arange(0, WIDTH))[None, :] < N)
     if RPE or P > 0 or not FULL:
         ds = tl.where(inside, ds, 0.0)
     return dq, sum_r + tl.sum(ds * r, 1), sum_u + tl.sum(ds * u, 1), sum_w + tl.sum(ds * w, 1), sum_1 + tl.sum(ds, 1)
@@ -262,8 +217,8 @@ def mhca_attention_bwd_kernel(
     grad_offset = (b * N * H + h) * D
 
     slope, center_y, center_x, center_sq = head_position(alpha_ptr, center_ptr, h, rpe_factor)
-    task = (bh, h, N, grid_w, scale * LOG2E, center_sq)
-    drop = (rpe_ptr, seed_ptr, attn_threshold, attn_factor)
+    scale_log2 = scale * LOG2E
+    drop = (bh, N, seed_ptr, attn_threshold, attn_factor)
     own = start_m + tl.arange(0, BLOCK_M)
     y, x = grid_position(start_m, BLOCK_M, grid_w, P)
     slope = tl.where(own >= P, slope, 0.0)
@@ -273,16 +228,16 @@ def mhca_attention_bwd_kernel(
         k = load_rows(k_ptr, start_m, BLOCK_M, stride_kn, N, D, BLOCK_D, False)
         v = load_rows(v_ptr, start_m, BLOCK_M, stride_vn, N, D, BLOCK_D, False)
         queries = (q_ptr, do_ptr, o_ptr, stats_ptr, stride_qn, stride_don, stride_on, center_y, center_x)
-        keys = (own, start_m, y, x, slope)
+        keys = (own, start_m, y, x, slope, center_sq, h, grid_w, rpe_ptr)
         dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for start in range(0, full, BLOCK_N):
-            dk, dv = _bwd_kv_tile(
-                (dk, dv), (k, v), queries, keys, task, drop, start, D, BLOCK_D, P, RPE, ATTN, BLOCK_N, True
+            dk, dv = _bwd_kv_step(
+                (dk, dv), (k, v), queries, keys, start, N, scale_log2, drop, D, BLOCK_D, P, RPE, ATTN, BLOCK_N, True
             )
         if TAIL > 0:
-            dk, dv = _bwd_kv_tile(
-                (dk, dv), (k, v), queries, keys, task, drop, full, D, BLOCK_D, P, RPE, ATTN, TAIL, False
+            dk, dv = _bwd_kv_step(
+                (dk, dv), (k, v), queries, keys, full, N, scale_log2, drop, D, BLOCK_D, P, RPE, ATTN, TAIL, False
             )
         store_rows(dk_ptr + grad_offset, start_m, BLOCK_M, H * D, dk * scale, N, D, BLOCK_D)
         store_rows(dv_ptr + grad_offset, start_m, BLOCK_M, H * D, dv, N, D, BLOCK_D)
@@ -292,8 +247,8 @@ def mhca_attention_bwd_kernel(
         o = load_rows(o_ptr, start_m, BLOCK_M, stride_on, N, D, BLOCK_D, False)
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         top = tl.load(stats_ptr + own, mask=own < N, other=float("inf"))
-        row_tiles = (q, do, top, delta)
-        rows = (own, y + center_y, x + center_x, slope)
+        row_tiles = (q, do, delta, top)
+        rows = (y + center_y, x + center_x, slope, center_sq, h, grid_w, rpe_ptr)
         kv = (k_ptr, v_ptr, stride_kn, stride_vn)
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         s_r = tl.zeros((BLOCK_M,), tl.float32)
@@ -302,13 +257,13 @@ def mhca_attention_bwd_kernel(
         s_1 = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, full, BLOCK_N):
             sums = (dq, s_r, s_u, s_w, s_1)
-            dq, s_r, s_u, s_w, s_1 = _bwd_q_tile(
-                sums, row_tiles, rows, kv, task, drop, start, D, BLOCK_D, P, RPE, ATTN, BLOCK_N, True
+            dq, s_r, s_u, s_w, s_1 = _bwd_q_step(
+                sums, row_tiles, rows, own, kv, start, N, scale_log2, drop, D, BLOCK_D, P, RPE, ATTN, BLOCK_N, True
             )
         if TAIL > 0:
             sums = (dq, s_r, s_u, s_w, s_1)
-            dq, s_r, s_u, s_w, s_1 = _bwd_q_tile(
-                sums, row_tiles, rows, kv, task, drop, full, D, BLOCK_D, P, RPE, ATTN, TAIL, False
+            dq, s_r, s_u, s_w, s_1 = _bwd_q_step(
+                sums, row_tiles, rows, own, kv, full, N, scale_log2, drop, D, BLOCK_D, P, RPE, ATTN, TAIL, False
             )
         per_sum = tl.exp2(-tl.load(stats_ptr + N + own, mask=own < N, other=0.0))
         store_rows(dq_ptr + grad_offset, start_m, BLOCK_M, H * D, dq * (per_sum * scale)[:, None], N, D, BLOCK_D)
@@ -348,7 +303,7 @@ def mhca_attention_fwd(
     q, k, v: (B, H, N, D), any strides. alpha: (H,), center: (H, 2), float32. seed: one int64, read where a p > 0.
     RuntimeError for a dtype or a size that the kernels do not take.
     """
-    config.check_supported(q)
+    config.check_supported("mhca_attention", q)
     B, H, N, D = q.shape
     out = config.empty_rows(q)
     stats = q.new_empty((B, H, 2, N), dtype=torch.float32)
@@ -380,7 +335,7 @@ def mhca_attention_bwd(
 
     grad_out: (B, H, N, D), any strides. out, stats: what the forward gave. Errors as there.
     """
-    config.check_supported(q)
+    config.check_supported("mhca_attention", q)
     B, H, N, D = q.shape
     dq, dk, dv = config.empty_rows(q), config.empty_rows(q), config.empty_rows(q)
     dalpha, dcenter = alpha.new_empty(alpha.shape), center.new_empty(center.shape)

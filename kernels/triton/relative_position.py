@@ -1,42 +1,15 @@
-"""Pieces of the Triton mhca_attention kernels: rows in and out, the position term, the dropout masks."""
+"""The position term of mhca_attention in Triton, and its dropout mask, one bit an element."""
 
 import torch
 
 import triton
 import triton.language as tl
 
+from .attention_tile import LOG2E
 from .philox import keep_bits
 
-LOG2E = tl.constexpr(1.4426950408889634)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds a float32 to an integer
-PRECISION = tl.constexpr("ieee")  # of float32 products
-ATTN_STREAM = tl.constexpr(0)  # element ((b H + h) N + i) N + j
 RPE_STREAM = tl.constexpr(1)  # element (h N + i) N + j
-
-
-@triton.jit
-def load_rows(ptr, start, ROWS: tl.constexpr, stride, N, D: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr):
-    """Rows start ... start + ROWS - 1 of (N, D) as (ROWS, BLOCK_D); zeros outside. FULL: all rows are inside.
-
-    The tile's base is a 64-bit scalar, so that the offsets in it need 32 bits.
-    """
-    rows = tl.arange(0, ROWS)[:, None]
-    dims = tl.arange(0, BLOCK_D)[None, :]
-    ptrs = ptr + (tl.zeros((), tl.int64) + start) * stride + (rows * stride + dims)
-    if FULL and BLOCK_D == D:
-        return tl.load(ptrs)
-    elif FULL:
-        return tl.load(ptrs, mask=dims < D, other=0.0)
-    else:
-        return tl.load(ptrs, mask=(rows < N - start) & (dims < D), other=0.0)
-
-
-@triton.jit
-def store_rows(ptr, start, ROWS: tl.constexpr, stride, value, N, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    rows = tl.arange(0, ROWS)[:, None]
-    dims = tl.arange(0, BLOCK_D)[None, :]
-    ptrs = ptr + (tl.zeros((), tl.int64) + start) * stride + (rows * stride + dims)
-    tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=(rows < N - start) & (dims < D))
 
 
 @triton.jit
@@ -61,26 +34,6 @@ def head_position(alpha_ptr, center_ptr, h, rpe_factor):
 
 
 @triton.jit
-def bit(bits, lane):
-    return ((bits >> lane) & 1) != 0
-
-
-@triton.jit
-def rpe_bits(rpe_ptr, h, i, start, N, WIDTH: tl.constexpr):
-    """Position mask bits of rows i, columns start ... start + WIDTH - 1 (inside one 64-bit word). i: (R,)."""
-    words = (N + 63) // 64
-    bits = tl.load(rpe_ptr + (h * N + i) * words + start // 64, mask=i < N, other=0) >> (start % 64)
-    return bits.to(tl.int32) if WIDTH <= 32 else bits
-
-
-@triton.jit
-def attn_bits(seed_ptr, bh, i, start, N, threshold, WIDTH: tl.constexpr):
-    """Attention dropout's keep bits of rows i, columns start ... start + WIDTH - 1. i: (R,)."""
-    bits = keep_bits(tl.load(seed_ptr), ATTN_STREAM, (bh * N + i) * N + start, threshold, WIDTH)
-    return bits.to(tl.int32) if WIDTH <= 32 else bits
-
-
-@triton.jit
 def position_exponent(slope, y_i, x_i, y_j, x_j, center_sq, inside, MASKED: tl.constexpr):
     """The position term of a tile in base 2, and what its gradient needs: u, w = d - center and
     r = |d|^2 - 2 center . d = u^2 + w^2 - |center|^2.
@@ -95,6 +48,14 @@ def position_exponent(slope, y_i, x_i, y_j, x_j, center_sq, inside, MASKED: tl.c
     if MASKED:
         bias = tl.where(inside, bias, 0.0)
     return bias, u, w, r
+
+
+@triton.jit
+def rpe_bits(rpe_ptr, h, i, start, N, WIDTH: tl.constexpr):
+    """Position mask bits of rows i, columns start ... start + WIDTH - 1 (inside one 64-bit word). i: (R,)."""
+    words = (N + 63) // 64
+    bits = tl.load(rpe_ptr + (h * N + i) * words + start // 64, mask=i < N, other=0) >> (start % 64)
+    return bits.to(tl.int32) if WIDTH <= 32 else bits
 
 
 @triton.jit(do_not_specialize=["N", "S", "rpe_threshold"])

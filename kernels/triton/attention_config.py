@@ -1,4 +1,4 @@
-"""Host side of the Triton mhca_attention kernels: what they take, and one small table of tile sizes."""
+"""Host side of the Triton attention kernels: what they take, and one small table of tile sizes."""
 
 import contextlib
 import functools
@@ -61,12 +61,12 @@ def tail(tokens: int, block: int) -> int:
     return 0 if rest == 0 else min(block, max(16, 1 << (rest - 1).bit_length()))
 
 
-def check_supported(q: torch.Tensor) -> None:
+def check_supported(op: str, q: torch.Tensor) -> None:
     if q.dtype not in DTYPES:
-        raise RuntimeError(f"mhca_attention: the Triton kernels take float32, bfloat16 or float16, got {q.dtype}")
+        raise RuntimeError(f"{op}: the Triton kernels take float32, bfloat16 or float16, got {q.dtype}")
     if q.shape[2] > MAX_TOKENS or q.shape[3] > MAX_DIM:
         limits = f"N <= {MAX_TOKENS} and D <= {MAX_DIM}"
-        raise RuntimeError(f"mhca_attention: the Triton kernels take {limits}, got {tuple(q.shape)}")
+        raise RuntimeError(f"{op}: the Triton kernels take {limits}, got {tuple(q.shape)}")
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,318 @@
+"""Attention over N tokens and T extra ones, averaged into row 0, on a GPU (DHVT, Sec. 3.3), forward and backward.
+
+    a = softmax(scale [q; q_extra] [k; k_extra]^T), with dropout, o = a [v; v_extra],
+    out_0 = o_0 + mean_t o_(N + t), out_i = o_i
+
+The tokens are never joined in memory: a tile whose rows come from both tensors selects its pointers row by row. Among
+the keys and in the dropout mask the extra tokens come last. Among the forward's queries they come first, so that the
+program of the first block, T < BLOCK_M, owns them and row 0, and adds their mean to it in registers. In the backward
+each of them has 1 / T of row 0's gradient; log2(T) more in the log of its softmax's sum does that. No atomics.
+
+Floor per (batch, head), 16-bit, L = N + T: 8 L D bytes and 4 L^2 D FLOP forward, 16 L D bytes and 10 L^2 D FLOP
+backward.
+"""
+
+import torch
+
+import triton
+import triton.language as tl
+
+from . import attention_config as config
+from .attention_tile import (
+    LOG2E,
+    bwd_kv_tile,
+    bwd_q_tile,
+    fwd_tile,
+    joined_pointers,
+    load_at,
+    load_rows,
+    row_pointers,
+    store_at,
+)
+from .philox import threshold_and_factor
+
+NAME = "head_token_attention"
+SCALARS = ["H", "N", "T", "attn_threshold"]  # never specialised on their value
+
+
+@triton.jit
+def _load_joined(
+    x, start, ROWS: tl.constexpr, N, T, D: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr, JOIN: tl.constexpr
+):
+    """Rows start ... start + ROWS - 1 of N tokens and T extra ones behind them. JOIN: some may be extra tokens."""
+    ptr, stride, extra_ptr, extra_stride = x
+    if JOIN:
+        j = start + tl.arange(0, ROWS)
+        ptrs = joined_pointers(ptr, start, ROWS, stride, extra_ptr, j - N, extra_stride, j >= N, BLOCK_D)
+        return load_at(ptrs, j < N + T, D, BLOCK_D)
+    else:
+        return load_rows(ptr, start, ROWS, stride, N, D, BLOCK_D, FULL)
+
+
+@triton.jit
+def _load_queries(
+    x, i, start, ROWS: tl.constexpr, N, T, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    FULL: tl.constexpr, EXTRA: tl.constexpr, JOIN: tl.constexpr,
+):  # fmt: skip
+    """q and grad_out of rows i = start ... start + ROWS - 1, and out . grad_out and two stats of each, (ROWS,).
+
+    Extra tokens have row 0's gradient. `parts` holds their own outputs and that of row 0, in the order of the queries.
+    """
+    q_rows, do_ptr, stride_don, o_ptr, stride_on, parts_ptr, stats_ptr = x
+    q = _load_joined(q_rows, start, ROWS, N, T, D, BLOCK_D, FULL, JOIN)
+    do = _load_joined((do_ptr, stride_don, do_ptr, 0), start, ROWS, N, T, D, BLOCK_D, FULL, JOIN)
+    if EXTRA:
+        part = tl.where(i == 0, T, i - N)
+        ptrs = joined_pointers(o_ptr, start, ROWS, stride_on, parts_ptr, part, D, (i == 0) | (i >= N), BLOCK_D)
+        o = load_at(ptrs, i < N + T, D, BLOCK_D)
+    else:
+        o = load_rows(o_ptr, start, ROWS, stride_on, N, D, BLOCK_D, FULL)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    row = tl.where(i < N, i + T, i - N)
+    top = tl.load(stats_ptr + row, mask=i < N + T, other=float("inf"))
+    log_sum = tl.load(stats_ptr + N + T + row, mask=i < N + T, other=0.0)
+    if JOIN:
+        log_sum += tl.where(i >= N, tl.log2(T.to(tl.float32)), 0.0)
+    return q, do, delta, top, log_sum
+
+
+@triton.jit
+def _store_joined(
+    ptr, extra_ptr, b, h, H, start, ROWS: tl.constexpr, value, N, T, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Rows start ... start + ROWS - 1 of the pair (b, h), tokens into a dense (B, N, H, D), the rest (B, T, H, D)."""
+    j = start + tl.arange(0, ROWS)
+    ptr += (b * N * H + h) * D
+    extra_ptr += (b * T * H + h) * D
+    ptrs = joined_pointers(ptr, start, ROWS, H * D, extra_ptr, j - N, H * D, j >= N, BLOCK_D)
+    store_at(ptrs, value, j < N + T, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def head_token_attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, qx_ptr, kx_ptr, vx_ptr, seed_ptr, out_ptr, parts_ptr, stats_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_qxb, stride_qxh, stride_qxn, stride_kxb, stride_kxh, stride_kxn, stride_vxb, stride_vxh, stride_vxn,
+    H, N, T, scale, attn_threshold, attn_factor,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, EXTRA: tl.constexpr, JOIN: tl.constexpr, ATTN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """Program: BLOCK_M queries, extra tokens first, of one (batch, head); where RESIDENT > 0, all of them.
+
+    RESIDENT: the number of full tiles of keys, where all K and V stay on chip: memory is then read once. EXTRA: T > 0.
+    JOIN: full tiles of keys reach the extra ones; else only the last, partial tile does.
+    """
+    tokens = N + T
+    if RESIDENT > 0:
+        bh = tl.program_id(0).to(tl.int64)
+        begin = 0
+        end = tokens
+    else:
+        blocks = tl.cdiv(tokens, BLOCK_M)
+        bh = tl.program_id(0).to(tl.int64) // blocks
+        begin = (tl.program_id(0) % blocks) * BLOCK_M
+        end = begin + BLOCK_M
+    b = bh // H
+    h = bh % H
+    q_ptr += b * stride_qb + h * stride_qh
+    qx_ptr += b * stride_qxb + h * stride_qxh
+    k_rows = (k_ptr + b * stride_kb + h * stride_kh, stride_kn, kx_ptr + b * stride_kxb + h * stride_kxh, stride_kxn)
+    v_rows = (v_ptr + b * stride_vb + h * stride_vh, stride_vn, vx_ptr + b * stride_vxb + h * stride_vxh, stride_vxn)
+    out_ptr += (b * N * H + h) * D
+    parts_ptr += bh * (T + 1) * D
+    stats_ptr += 2 * bh * tokens
+
+    scale_log2 = scale * LOG2E
+    drop = (bh, tokens, seed_ptr, attn_threshold, attn_factor)
+    full = tokens // BLOCK_N * BLOCK_N
+    k_tiles = ()
+    v_tiles = ()
+    for t in tl.static_range(RESIDENT):
+        k_tiles = k_tiles + (_load_joined(k_rows, t * BLOCK_N, BLOCK_N, N, T, D, BLOCK_D, True, JOIN),)  # noqa: RUF005
+        v_tiles = v_tiles + (_load_joined(v_rows, t * BLOCK_N, BLOCK_N, N, T, D, BLOCK_D, True, JOIN),)  # noqa: RUF005
+    if TAIL > 0:
+        k_tail = _load_joined(k_rows, full, TAIL, N, T, D, BLOCK_D, False, EXTRA)
+        v_tail = _load_joined(v_rows, full, TAIL, N, T, D, BLOCK_D, False, EXTRA)
+
+    for start_m in range(begin, end, BLOCK_M):
+        row = start_m + tl.arange(0, BLOCK_M)
+        i = tl.where(row < T, N + row, row - T)
+        if EXTRA:
+            ptrs = joined_pointers(q_ptr, start_m - T, BLOCK_M, stride_qn, qx_ptr, row, stride_qxn, row < T, BLOCK_D)
+            q = load_at(ptrs, row < tokens, D, BLOCK_D)
+        else:
+            q = load_rows(q_ptr, start_m, BLOCK_M, stride_qn, N, D, BLOCK_D, False)
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        m = tl.full((BLOCK_M,), -3.0e38, tl.float32)  # finite: the scores of a tile may all be -infinity
+        norm = tl.zeros((BLOCK_M,), tl.float32)
+        if RESIDENT > 0:
+            for t in tl.static_range(RESIDENT):
+                acc, m, norm = fwd_tile(
+                    (acc, m, norm), (q, k_tiles[t], v_tiles[t]), None, i, t * BLOCK_N, tokens, scale_log2, drop,
+                    ATTN, BLOCK_N, True,
+                )  # fmt: skip
+        else:
+            for start in range(0, full, BLOCK_N):
+                k = _load_joined(k_rows, start, BLOCK_N, N, T, D, BLOCK_D, True, JOIN)
+                v = _load_joined(v_rows, start, BLOCK_N, N, T, D, BLOCK_D, True, JOIN)
+                acc, m, norm = fwd_tile(
+                    (acc, m, norm), (q, k, v), None, i, start, tokens, scale_log2, drop, ATTN, BLOCK_N, True
+                )
+        if TAIL > 0:
+            acc, m, norm = fwd_tile(
+                (acc, m, norm), (q, k_tail, v_tail), None, i, full, tokens, scale_log2, drop, ATTN, TAIL, False
+            )
+        tl.store(stats_ptr + row, m, mask=row < tokens)
+        tl.store(stats_ptr + tokens + row, tl.log2(norm), mask=row < tokens)
+        out = acc / norm[:, None]
+        if EXTRA:  # noqa: SIM102
+            if start_m == 0:  # the extra tokens and row 0, which is row T here
+                store_at(row_pointers(parts_ptr, 0, BLOCK_M, D, BLOCK_D), out, row <= T, D, BLOCK_D)
+                weight = tl.where(row < T, 1.0 / T.to(tl.float32), 1.0)[:, None]
+                total = tl.sum(tl.where((row <= T)[:, None], out * weight, 0.0), 0)
+                dims = tl.arange(0, BLOCK_D)
+                tl.store(out_ptr + dims, total.to(out_ptr.dtype.element_ty), mask=dims < D)
+        first = T + 1 if EXTRA else 0
+        ptrs = row_pointers(out_ptr, start_m - T, BLOCK_M, H * D, BLOCK_D)
+        store_at(ptrs, out, (row >= first) & (row < tokens), D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def head_token_attention_bwd_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, qx_ptr, kx_ptr, vx_ptr, o_ptr, parts_ptr, stats_ptr, seed_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dqx_ptr, dkx_ptr, dvx_ptr,
+    stride_dob, stride_doh, stride_don, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_qxb, stride_qxh, stride_qxn, stride_kxb, stride_kxh, stride_kxn,
+    stride_vxb, stride_vxh, stride_vxn, stride_ob, stride_oh, stride_on,
+    H, N, T, scale, attn_threshold, attn_factor,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, EXTRA: tl.constexpr, JOIN: tl.constexpr, ATTN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Even program: dk and dv of BLOCK_M tokens of one (batch, head). Odd: their dq. Extra tokens come last in both.
+
+    One launch, and each half recomputes the tiles: dq of all tokens does not fit in registers beside the rest.
+    """
+    tokens = N + T
+    blocks = tl.cdiv(tokens, BLOCK_M)
+    pair = tl.program_id(0) // 2
+    bh = pair.to(tl.int64) // blocks
+    start_m = (pair % blocks) * BLOCK_M
+    b = bh // H
+    h = bh % H
+    q_rows = (q_ptr + b * stride_qb + h * stride_qh, stride_qn, qx_ptr + b * stride_qxb + h * stride_qxh, stride_qxn)
+    k_rows = (k_ptr + b * stride_kb + h * stride_kh, stride_kn, kx_ptr + b * stride_kxb + h * stride_kxh, stride_kxn)
+    v_rows = (v_ptr + b * stride_vb + h * stride_vh, stride_vn, vx_ptr + b * stride_vxb + h * stride_vxh, stride_vxn)
+    do_ptr += b * stride_dob + h * stride_doh
+    o_ptr += b * stride_ob + h * stride_oh
+    parts_ptr += bh * (T + 1) * D
+    stats_ptr += 2 * bh * tokens
+    queries = (q_rows, do_ptr, stride_don, o_ptr, stride_on, parts_ptr, stats_ptr)
+
+    scale_log2 = scale * LOG2E
+    drop = (bh, tokens, seed_ptr, attn_threshold, attn_factor)
+    own = start_m + tl.arange(0, BLOCK_M)
+    full = tokens // BLOCK_N * BLOCK_N
+
+    if tl.program_id(0) % 2 == 0:
+        k = _load_joined(k_rows, start_m, BLOCK_M, N, T, D, BLOCK_D, False, EXTRA)
+        v = _load_joined(v_rows, start_m, BLOCK_M, N, T, D, BLOCK_D, False, EXTRA)
+        dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for start in range(0, full, BLOCK_N):
+            i = start + tl.arange(0, BLOCK_N)
+            tiles = _load_queries(queries, i, start, BLOCK_N, N, T, D, BLOCK_D, True, EXTRA, JOIN)
+            dk, dv = bwd_kv_tile((dk, dv), (k, v), tiles, None, i, start_m, scale_log2, drop, ATTN, BLOCK_M)
+        if TAIL > 0:
+            i = full + tl.arange(0, TAIL)
+            tiles = _load_queries(queries, i, full, TAIL, N, T, D, BLOCK_D, False, EXTRA, EXTRA)
+            dk, dv = bwd_kv_tile((dk, dv), (k, v), tiles, None, i, start_m, scale_log2, drop, ATTN, BLOCK_M)
+        _store_joined(dk_ptr, dkx_ptr, b, h, H, start_m, BLOCK_M, dk * scale, N, T, D, BLOCK_D)
+        _store_joined(dv_ptr, dvx_ptr, b, h, H, start_m, BLOCK_M, dv, N, T, D, BLOCK_D)
+    else:
+        q, do, delta, top, log_sum = _load_queries(
+            queries, own, start_m, BLOCK_M, N, T, D, BLOCK_D, False, EXTRA, EXTRA
+        )
+        row_tiles = (q, do, delta, top)
+        dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for start in range(0, full, BLOCK_N):
+            k_tile = _load_joined(k_rows, start, BLOCK_N, N, T, D, BLOCK_D, True, JOIN)
+            v_tile = _load_joined(v_rows, start, BLOCK_N, N, T, D, BLOCK_D, True, JOIN)
+            dq, _ = bwd_q_tile(
+                dq, row_tiles, (k_tile, v_tile), None, own, start, tokens, scale_log2, drop, ATTN, BLOCK_N, True
+            )
+        if TAIL > 0:
+            k_tile = _load_joined(k_rows, full, TAIL, N, T, D, BLOCK_D, False, EXTRA)
+            v_tile = _load_joined(v_rows, full, TAIL, N, T, D, BLOCK_D, False, EXTRA)
+            dq, _ = bwd_q_tile(
+                dq, row_tiles, (k_tile, v_tile), None, own, full, tokens, scale_log2, drop, ATTN, TAIL, False
+            )
+        dq = dq * (tl.exp2(-log_sum) * scale)[:, None]
+        _store_joined(dq_ptr, dqx_ptr, b, h, H, start_m, BLOCK_M, dq, N, T, D, BLOCK_D)
+
+
+def head_token_attention_fwd(q, k, v, q_extra, k_extra, v_extra, seed, scale, attn_dropout):
+    """out (B, H, N, D), laid out as (B, N, H, D); parts (B, H, T + 1, D), outputs of the extra tokens and of token 0
+    alone, (B, H, 0, D) where T = 0; stats (B, H, 2, T + N) float32, of extra tokens, then tokens: each row's largest
+    score and the log of the sum of its exponentials from there, in units of log 2. Arguments: the native op's.
+
+    q, k, v: (B, H, N, D); the extra ones (B, H, T, D); any strides. seed: one int64, read where attn_dropout > 0.
+    RuntimeError for a dtype or a size that the kernels do not take.
+    """
+    config.check_supported(NAME, q)
+    B, H, N, D = q.shape
+    T = q_extra.shape[2]
+    tokens = N + T
+    dim = config.block_dim(D)
+    tile, resident = config.forward_tile(config.chip_of(q), q.element_size(), tokens, dim, attn_dropout > 0)
+    if tile.block_m <= T:
+        raise RuntimeError(
+            f"{NAME}: the Triton kernels take less than {tile.block_m} extra tokens in {q.dtype} with D={D}, got"
+            f" T={T}; pass backend='reference'"
+        )
+    out = config.empty_rows(q)
+    parts = q.new_empty((B, H, T + 1 if T else 0, D))
+    stats = q.new_empty((B, H, 2, tokens), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, parts.zero_(), stats.zero_()
+    inputs = [config.dense_rows(x) for x in (q, k, v, q_extra, k_extra, v_extra)]
+    threshold, factor = threshold_and_factor(attn_dropout)
+    with config.device_guard(q):
+        head_token_attention_fwd_kernel[(B * H if resident else -(-tokens // tile.block_m) * B * H,)](
+            *inputs, seed if attn_dropout > 0 else None, out, parts, stats,
+            *(stride for x in inputs for stride in x.stride()[:3]),
+            H, N, T, float(scale), threshold, factor,
+            D, dim, T > 0, tokens // tile.block_n * tile.block_n > N, attn_dropout > 0,
+            tile.block_m, tile.block_n, config.tail(tokens, tile.block_n), resident,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out, parts, stats
+
+
+def head_token_attention_bwd(
+    grad_out, q, k, v, q_extra, k_extra, v_extra, out, parts, stats, seed, scale, attn_dropout
+):  # fmt: skip
+    """Gradients to q, k, v, q_extra, k_extra and v_extra, laid out as `out`. Arguments: the native op's.
+
+    grad_out: (B, H, N, D), any strides. out, parts, stats: what the forward gave. Errors as there.
+    """
+    config.check_supported(NAME, q)
+    B, H, N, D = q.shape
+    T = q_extra.shape[2]
+    tokens = N + T
+    grads = [config.empty_rows(x) for x in (q, q, q, q_extra, q_extra, q_extra)]
+    if q.numel() == 0:
+        return tuple(grad.zero_() for grad in grads)
+    inputs = [config.dense_rows(x) for x in (grad_out, q, k, v, q_extra, k_extra, v_extra, out)]
+    dim = config.block_dim(D)
+    tile = config.backward_tile(config.chip_of(q), q.element_size(), dim, attn_dropout > 0)
+    threshold, factor = threshold_and_factor(attn_dropout)
+    with config.device_guard(q):
+        head_token_attention_bwd_kernel[(-(-tokens // tile.block_m) * 2 * B * H,)](
+            *inputs, parts.contiguous(), stats.contiguous(), seed if attn_dropout > 0 else None, *grads,
+            *(stride for x in inputs for stride in x.stride()[:3]),
+            H, N, T, float(scale), threshold, factor,
+            D, dim, T > 0, tokens // tile.block_n * tile.block_n > N, attn_dropout > 0,
+            tile.block_m, tile.block_n, config.tail(tokens, tile.block_n),
+            num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers, enable_fp_fusion=True,
+        )  # fmt: skip
+    return tuple(grads)
