@@ -291,6 +291,9 @@ def test_pytest_benchmark_holds_the_interleaved_samples(tmp_path):
     assert "2 passed" in done.stdout
 
 
+OPS = ["mhca_attention", "head_token_attention", "involution", "generalized_conv", "feature_alignment", "daff"]
+
+
 def test_compiled_peers_are_left_out_first(monkeypatch):
     rooms = house.House(house.Options(budget=100.0))
     slow = harness.Peer("compiled", lambda: right_step, slow_to_build=True)
@@ -302,7 +305,7 @@ def test_compiled_peers_are_left_out_first(monkeypatch):
     assert house.House(house.Options()).hurried(slow) is slow
 
 
-@pytest.mark.parametrize("op", ["mhca_attention", "head_token_attention", "involution", "generalized_conv", "daff"])
+@pytest.mark.parametrize("op", OPS)
 def test_every_case_names_its_peers_and_goals_once(op):
     bench = module(f"bench_{op}")
     for device in ("cpu", "cuda"):
@@ -316,7 +319,7 @@ def test_every_case_names_its_peers_and_goals_once(op):
             assert {goal.case for goal in job.goals} <= {"", *(other.key for other in jobs)}
 
 
-@pytest.mark.parametrize("op", ["mhca_attention", "head_token_attention", "involution", "generalized_conv", "daff"])
+@pytest.mark.parametrize("op", OPS)
 def test_the_memory_checkers_small_case_passes_its_gate(op):
     job = module(f"bench_{op}").small_job("cpu")
     _, seen = harness.admit(job.peers[:1], job.reference(), job.allowed)
