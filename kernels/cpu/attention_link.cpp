@@ -235,16 +235,7 @@ void run(const AttentionLinkParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void attention_link(const AttentionLinkParams& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::float32:
-      return run<float>(p, begin, end);
-    case DType::bfloat16:
-      return run<bfloat16>(p, begin, end);
-    case DType::float16:
-      return run<float16>(p, begin, end);
-    case DType::float64:
-      return run<double>(p, begin, end);
-  }
+  with_element(p.dtype, [&](auto element) { run<decltype(element)>(p, begin, end); });
 }
 
 }  // namespace fastib::FASTIB_ISA_NAMESPACE

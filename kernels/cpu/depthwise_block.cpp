@@ -295,29 +295,11 @@ void backward(const DepthwiseBlockGradParams& g, BackwardPass pass, int64_t begi
 }  // namespace
 
 void depthwise_block_forward(const DepthwiseBlockParams& p, ForwardPass pass, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::float32:
-      return forward<float>(p, pass, begin, end);
-    case DType::bfloat16:
-      return forward<bfloat16>(p, pass, begin, end);
-    case DType::float16:
-      return forward<float16>(p, pass, begin, end);
-    case DType::float64:
-      return forward<double>(p, pass, begin, end);
-  }
+  with_element(p.dtype, [&](auto element) { forward<decltype(element)>(p, pass, begin, end); });
 }
 
 void depthwise_block_backward(const DepthwiseBlockGradParams& g, BackwardPass pass, int64_t begin, int64_t end) {
-  switch (g.forward.dtype) {
-    case DType::float32:
-      return backward<float>(g, pass, begin, end);
-    case DType::bfloat16:
-      return backward<bfloat16>(g, pass, begin, end);
-    case DType::float16:
-      return backward<float16>(g, pass, begin, end);
-    case DType::float64:
-      return backward<double>(g, pass, begin, end);
-  }
+  with_element(g.forward.dtype, [&](auto element) { backward<decltype(element)>(g, pass, begin, end); });
 }
 
 }  // namespace fastib::FASTIB_ISA_NAMESPACE

@@ -109,29 +109,11 @@ void backward(const HeadTokenAttentionGradParams& g, int64_t begin, int64_t end)
 }  // namespace
 
 void head_token_attention_forward(const HeadTokenAttentionParams& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::float32:
-      return forward<float>(p, begin, end);
-    case DType::bfloat16:
-      return forward<bfloat16>(p, begin, end);
-    case DType::float16:
-      return forward<float16>(p, begin, end);
-    case DType::float64:
-      return forward<double>(p, begin, end);
-  }
+  with_element(p.dtype, [&](auto element) { forward<decltype(element)>(p, begin, end); });
 }
 
 void head_token_attention_backward(const HeadTokenAttentionGradParams& g, int64_t begin, int64_t end) {
-  switch (g.forward.dtype) {
-    case DType::float32:
-      return backward<float>(g, begin, end);
-    case DType::bfloat16:
-      return backward<bfloat16>(g, begin, end);
-    case DType::float16:
-      return backward<float16>(g, begin, end);
-    case DType::float64:
-      return backward<double>(g, begin, end);
-  }
+  with_element(g.forward.dtype, [&](auto element) { backward<decltype(element)>(g, begin, end); });
 }
 
 }  // namespace fastib::FASTIB_ISA_NAMESPACE

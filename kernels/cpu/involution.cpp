@@ -25,29 +25,14 @@ void run(const Params& params, int64_t begin, int64_t end) {
 }  // namespace
 
 void involution_forward(const InvolutionParams& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::float32:
-      return run<InvolutionForward<float>>(p, begin, end);
-    case DType::bfloat16:
-      return run<InvolutionForward<bfloat16>>(p, begin, end);
-    case DType::float16:
-      return run<InvolutionForward<float16>>(p, begin, end);
-    case DType::float64:
-      return run<InvolutionForward<double>>(p, begin, end);
-  }
+  with_element(p.dtype, [&](auto element) { run<InvolutionForward<decltype(element)>>(p, begin, end); });
 }
 
 void involution_backward(const InvolutionGradParams& g, int64_t begin, int64_t end) {
-  switch (g.forward.dtype) {
-    case DType::float32:
-      return run<InvolutionGradX<float>, InvolutionGradWeight<float>>(g, begin, end);
-    case DType::bfloat16:
-      return run<InvolutionGradX<bfloat16>, InvolutionGradWeight<bfloat16>>(g, begin, end);
-    case DType::float16:
-      return run<InvolutionGradX<float16>, InvolutionGradWeight<float16>>(g, begin, end);
-    case DType::float64:
-      return run<InvolutionGradX<double>, InvolutionGradWeight<double>>(g, begin, end);
-  }
+  with_element(g.forward.dtype, [&](auto element) {
+    using E = decltype(element);
+    run<InvolutionGradX<E>, InvolutionGradWeight<E>>(g, begin, end);
+  });
 }
 
 }  // namespace fastib::FASTIB_ISA_NAMESPACE

@@ -56,6 +56,21 @@ JoinedRows<E> only(Rows<E> rows) {
   return {rows, 0, rows};
 }
 
+// f of an element of the stored type that `dtype` names.
+template <typename F>
+inline void with_element(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::float32:
+      return f(float{});
+    case DType::bfloat16:
+      return f(bfloat16{});
+    case DType::float16:
+      return f(float16{});
+    case DType::float64:
+      return f(double{});
+  }
+}
+
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // One vector of stored elements in the compute type, and back.
