@@ -135,16 +135,9 @@ def small_job(device: str) -> Job:
     return make_job(Case(2, "train", device, options))
 
 
-def pytest_generate_tests(metafunc):
-    device = metafunc.config.getoption("--bench-device")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+def jobs(device: str, config) -> list[Job]:
     batch = 256 if device == "cuda" else 4
-    jobs = [make_job(Case(batch, mode, device)) for mode in ("train", "forward")]
-    metafunc.parametrize(
-        ("job", "peer"),
-        [pytest.param(job, p.name, id=f"{job.key}-{p.name.replace(' ', '_')}") for job in jobs for p in job.peers],
-    )
+    return [make_job(Case(batch, mode, device)) for mode in ("train", "forward")]
 
 
 @pytest.mark.benchmark(timer=REPLAY.now)

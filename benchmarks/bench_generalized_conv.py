@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import torch
 
 from benchmarks.house import Goal, Job
 from benchmarks.peers.generalized_conv import Case, Inputs, peers, reference
@@ -65,16 +64,8 @@ def small_job(device: str) -> Job:
     return make_job(Case(2, 27, 9, 5, "bfloat16", "train", device=device), None, quick=True)
 
 
-def pytest_generate_tests(metafunc):
-    config = metafunc.config
-    device = config.getoption("--bench-device")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    jobs = [make_job(case, config.getoption("--bench-backend"), config.getoption("--quick")) for case in cases(device)]
-    metafunc.parametrize(
-        ("job", "peer"),
-        [pytest.param(job, p.name, id=f"{job.key}-{p.name.replace(' ', '_')}") for job in jobs for p in job.peers],
-    )
+def jobs(device: str, config) -> list[Job]:
+    return [make_job(case, config.getoption("--bench-backend"), config.getoption("--quick")) for case in cases(device)]
 
 
 @pytest.mark.benchmark(timer=REPLAY.now)

@@ -124,14 +124,8 @@ def make_job(device: str, backend: str | None) -> Job:
     )
 
 
-def pytest_generate_tests(metafunc):
-    device = metafunc.config.getoption("--bench-device")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    job = make_job(device, metafunc.config.getoption("--bench-backend"))
-    metafunc.parametrize(
-        ("job", "peer"), [pytest.param(job, p.name, id=f"{job.key}-{p.name.replace(' ', '_')}") for p in job.peers]
-    )
+def jobs(device: str, config) -> list[Job]:
+    return [make_job(device, config.getoption("--bench-backend"))]
 
 
 @pytest.mark.benchmark(timer=REPLAY.now)

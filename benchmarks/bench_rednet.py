@@ -103,15 +103,8 @@ def small_job(device: str) -> Job:
     return make_job(Case(2, 32, device, {"layers": (1, 1), "widths": (16, 16), "num_classes": 3}))
 
 
-def pytest_generate_tests(metafunc):
-    config = metafunc.config
-    device = config.getoption("--bench-device")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    job = make_job(Case(64 if device == "cuda" else 2, device=device), config.getoption("--bench-backend"))
-    metafunc.parametrize(
-        ("job", "peer"), [pytest.param(job, p.name, id=f"{job.key}-{p.name.replace(' ', '_')}") for p in job.peers]
-    )
+def jobs(device: str, config) -> list[Job]:
+    return [make_job(Case(64 if device == "cuda" else 2, device=device), config.getoption("--bench-backend"))]
 
 
 @pytest.mark.benchmark(timer=REPLAY.now)

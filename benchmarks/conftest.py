@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -45,6 +46,18 @@ def pytest_configure(config):
             results=config.getoption("--bench-results"),
         )
     )
+
+
+def pytest_generate_tests(metafunc):
+    """One test for each peer of each job that a module's jobs(device, config) names."""
+    if "run_peer" not in metafunc.fixturenames:
+        return
+    device = metafunc.config.getoption("--bench-device")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    peers = [(job, peer.name) for job in metafunc.module.jobs(device, metafunc.config) for peer in job.peers]
+    names = [f"{job.key}-{peer.replace(' ', '_')}" for job, peer in peers]
+    metafunc.parametrize(("job", "peer"), peers, ids=names)
 
 
 @pytest.fixture

@@ -2,31 +2,19 @@
 
 import ctypes
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from cuda_tools import ARCHS, compiled_kernels, host_function
 
 from fastib.ops import generalized_conv
 from fastib.reference.generalized_conv import generalized_conv_shift_ref
-
-ROOT = Path(__file__).resolve().parent.parent
-ARCHS = (80, 90, 100, 120)
 
 
 @pytest.fixture(scope="session")
 def on_host(tmp_path_factory):
     """shift(x, out, heads, inverse, last) -> the name of the body that filled `out`."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    library = tmp_path_factory.mktemp("bodies") / "generalized_conv_on_host.so"
-    source = ROOT / "tests/cpp/generalized_conv_on_host.cpp"
-    command = [compiler, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", str(source), "-o", str(library)]
-    subprocess.run(command, check=True)
-    function = ctypes.CDLL(str(library)).generalized_conv_on_host
+    function = host_function("generalized_conv_on_host", tmp_path_factory.mktemp("bodies"))
 
     def shift(x, out, heads, inverse, last):
         sizes = x.element_size(), last, inverse, x.shape[0], heads, x.shape[1] // heads, *x.shape[2:]
@@ -79,21 +67,7 @@ def test_tensors_that_begin_between_packs(on_host):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_no_register_spills(arch, tmp_path):
     """nvcc compiles every kernel for the architecture; none spills, and none keeps an array in memory."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc")
-    known = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    if f"compute_{arch}\n" not in known:
-        pytest.skip(f"this nvcc does not know sm_{arch}")
-    command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin"]
-    done = subprocess.run(
-        [*command, str(ROOT / "kernels/cuda/generalized_conv.cu"), "-o", str(tmp_path / "out.cubin")],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    kernel = r"Compiling entry function '(\S+)' for 'sm_\w+'\n.*\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores"
-    kernels = re.findall(kernel, done.stderr)
-    assert len(kernels) == 10
-    assert [k for k in kernels if (k[1], k[2]) != ("0", "0")] == []
+    assert len(compiled_kernels("generalized_conv.cu", arch, tmp_path)) == 10
 
 
 @pytest.mark.gpu

@@ -2,34 +2,23 @@
 
 import ctypes
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from cuda_tools import ARCHS, ROOT, compiled_kernels, host_function
 from helpers import value_and_grads
 from involution_problem import Problem, channels_last
 
 from fastib.ops import involution
 from fastib.reference import involution_ref
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # their numbers in kernels/common/dtype.h
-ARCHS = (80, 90, 100, 120)
 
 
 @pytest.fixture(scope="session")
 def on_host(tmp_path_factory):
     """run(backward, sizes, tensors) -> the names of the bodies that ran."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    library = tmp_path_factory.mktemp("bodies") / "involution_on_host.so"
-    source = ROOT / "tests/cpp/involution_on_host.cpp"
-    command = [compiler, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", str(source), "-o", str(library)]
-    subprocess.run(command, check=True)
-    function = ctypes.CDLL(str(library)).involution_on_host
+    function = host_function("involution_on_host", tmp_path_factory.mktemp("bodies"))
 
     def run(backward, sizes, tensors):
         strides = [s for t in tensors for s in t.stride()]
@@ -110,21 +99,7 @@ def test_tensors_that_begin_between_packs(on_host):
 @pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "kernels/cuda").glob("involution*.cu")))
 def test_no_register_spills(source, arch, tmp_path):
     """nvcc compiles every kernel for the architecture; none spills, and none keeps an array in memory."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc")
-    known = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    if f"compute_{arch}\n" not in known:
-        pytest.skip(f"this nvcc does not know sm_{arch}")
-    command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin"]
-    done = subprocess.run(
-        [*command, str(ROOT / "kernels/cuda" / source), "-o", str(tmp_path / "out.cubin")],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    kernel = r"Compiling entry function '(\S+)' for 'sm_\w+'\n.*\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores"
-    kernels = re.findall(kernel, done.stderr)
-    assert len(kernels) >= 20
-    assert [k for k in kernels if (k[1], k[2]) != ("0", "0")] == []
+    assert len(compiled_kernels(source, arch, tmp_path)) >= 20
 
 
 @pytest.mark.gpu
