@@ -16,7 +16,12 @@ from benchmarks.replay import REPLAY
 
 OP = "bootstrap"
 MODELS = {
-    "paper": ("bootstrap_vit_small_patch16_224", {}, [0, 1], 100),
+    "paper": (
+        "bootstrap_vit_small_patch16_224",
+        dict.fromkeys(("pos_drop_rate", "proj_drop_rate", "attn_drop_rate"), 0.0),  # the gate compares steps
+        [0, 1],
+        100,
+    ),
     "digits": (
         "vit_tiny_patch16_224",
         {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 72, "depth": 4, "num_heads": 9, "mlp_ratio": 2.0},
@@ -66,11 +71,6 @@ class Inputs:
         student = timm.create_model(name, num_classes=classes, **kwargs)
         cls = get_method("bootstrap")
         method = cls(cls.Options(shared=True, down_sample=down_sample), student, classes, lambda source: None)
-        for module in method.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # the gate compares steps
-            if hasattr(module, "attn_drop"):
-                module.attn_drop.p = 0.0
         size = student.patch_embed.img_size
         images = torch.randn(self.case.batch, student.patch_embed.proj.in_channels, *size)
         targets = torch.arange(self.case.batch) % classes
