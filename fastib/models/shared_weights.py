@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["SharedWeights"]
@@ -61,6 +62,7 @@ class SharedWeights:
         parameter, rows = self.owner(layer, name)
         return None if parameter is None else parameter[rows]
 
+    @torch.compiler.disable
     def part_ways(self) -> None:
         """From now on the agent reads leaves of its own. Leaves that still lie on the parameters' memory are kept."""
         for layer in range(len(self.blocks)):

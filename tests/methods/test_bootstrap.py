@@ -247,6 +247,74 @@ def test_mixed_precision():
         assert difference < 0.15 or exact[name].norm() < 1e-3, name
 
 
+def scaled(scale: float) -> Accelerator:
+    """What accelerate makes for float16 on a GPU, and refuses to make on a CPU."""
+    machine = accelerator()
+    machine.state._mixed_precision, machine.native_amp = "fp16", True
+    machine.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return machine
+
+
+@pytest.mark.parametrize("align", ["tensor", "all"])
+def test_gradient_scaler(align):
+    """float16: two micro-batches, scaled by 2^10, aligned once, unscaled and clipped: SGD's step is that by hand."""
+    method = build(torch.float32, shared=True, align=align)
+    batches = [batch(seed=seed) for seed in range(2)]
+    exact = expected_gradients(copy.deepcopy(method).double(), batches, align)
+    norm = torch.stack([gradient.norm() for gradient in exact.values()]).norm()
+    before = {name: parameter.detach().double() for name, parameter in method.named_parameters()}
+    machine = scaled(2.0**10)
+    optimizer = machine.prepare_optimizer(torch.optim.SGD(method.parameters(), lr=1.0))
+    for images, targets in batches:
+        with torch.autocast("cpu", torch.float16):
+            losses = method(images.float(), targets, 0.0)
+        machine.gradient_state._set_sync_gradients(images is batches[-1][0])
+        method.backward({name: loss / 2 for name, loss in losses.items()}, machine)
+    found = machine.clip_grad_norm_(method.parameters(), 0.1)
+    torch.testing.assert_close(found.double(), norm, rtol=5e-3, atol=0)
+    optimizer.step()
+    assert not optimizer.step_was_skipped
+    for name, parameter in method.named_parameters():
+        step, expected = before[name] - parameter.detach().double(), exact[name] * 0.1 / norm
+        difference = (step - expected).norm() / expected.norm().clamp_min(1e-6)
+        assert difference < 0.02 or exact[name].norm() < 1e-3, name
+
+
+@pytest.mark.parametrize("network", ["ce", "agent_ce"])
+def test_gradient_scaler_skips_what_overflows(network):
+    """An infinite gradient of either network reaches the scaler through the alignment: no step, half the scale."""
+    method = build(torch.float32, shared=True)
+    before = copy.deepcopy(method.state_dict())
+    machine = scaled(2.0**16)
+    optimizer = machine.prepare_optimizer(torch.optim.SGD(method.parameters(), lr=1.0))
+    losses = method(*batch(dtype=torch.float32), 0.0)
+    statistics = {n: v.clone() for n, v in method.state_dict().items() if "running" in n or "tracked" in n}
+    losses[network] = losses[network] * 1e36
+    method.backward(losses, machine)
+    optimizer.step()
+    assert optimizer.step_was_skipped and machine.scaler.get_scale() == 2.0**15
+    for name, value in method.state_dict().items():
+        assert torch.equal(value, statistics.get(name, before[name])), name
+    assert all(leaf.grad is None for leaf in method.shared_weights.leaves.values())
+
+
+def test_compiled_method():
+    """torch.compile of losses and backward pass: the aligned gradients, of this step's weights and not of the last."""
+    method = build(torch.float32, shared=True)
+    machine, optimizer = accelerator(), torch.optim.SGD(method.parameters(), lr=0.05)
+    method.compile()
+    for seed in range(2):
+        expected = expected_gradients(copy.deepcopy(method).double(), [batch(seed=seed)], "tensor")
+        optimizer.zero_grad()
+        method.backward(method(*batch(seed=seed, dtype=torch.float32), 0.0), machine)
+        for name, parameter in method.named_parameters():
+            scale = expected[name].abs().max().item()
+            torch.testing.assert_close(
+                parameter.grad.double(), expected[name], rtol=1e-3, atol=1e-4 * max(scale, 1e-3), msg=name
+            )
+        optimizer.step()
+
+
 def test_the_step_after_an_optimizer_step_uses_the_new_weights():
     method = build(shared=True)
     machine, optimizer = accelerator(), torch.optim.SGD(method.parameters(), lr=0.1)

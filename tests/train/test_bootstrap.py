@@ -51,17 +51,20 @@ def test_shared_tensors_are_stored_once(bootstrap, tmp_path):
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
 @pytest.mark.parametrize("align", ["tensor", "all"])
 def test_two_processes_align_the_gradients_of_both(bootstrap, tmp_path, scenario, first_gradients, freeze_norms, align):
-    """Reduced before they are aligned: the step is that of one process with the whole batch, norms aside."""
+    """Reduced before they are aligned, clipped after: one process's gradients of the whole batch, norms aside."""
     settings = ("epochs=1", "steps=1", "grad_accum=2", f"method.align={align}", "method.shared=true",
                 "data.eval_batch_size=100", "optim.opt=sgd", "optim.lr=0.1")  # fmt: skip
-    save_config(bootstrap(*settings, output="two"), tmp_path / "two.yaml")
+    save_config(bootstrap(*settings, "clip_grad=0.5", output="two"), tmp_path / "two.yaml")
     done = scenario("frozen_norms", tmp_path / "two.yaml", tmp_path / "two.safetensors", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     trainer = Trainer(bootstrap(*settings, output="one"))
     freeze_norms(trainer)
-    expected = first_gradients(trainer)
+    whole = first_gradients(trainer)
     trainer.fit()
+    norm = torch.stack([gradient.double().norm() for gradient in whole.values()]).norm()
+    assert norm > 1.0
     found = load_file(tmp_path / "two.safetensors")
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    assert found.keys() == whole.keys()
+    for name, gradient in whole.items():
+        expected = (gradient.double() * 0.5 / norm).float()
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-5, msg=name)
