@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass, field
 from functools import cached_property
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import Peer, Step
@@ -15,8 +18,9 @@ from benchmarks.house import Goal, Job
 from benchmarks.replay import REPLAY
 
 OP = "rednet26"
-# Normalisation over two images amplifies rounding: the gradients of the float32 reference are 2e-2 off as well.
-ALLOWED = {"logits": 1e-3, "first reduce": 5e-2, "first span": 5e-2, "last span": 5e-2}
+# Twice what the float32 reference operator has, on a model whose ReLUs are smooth: through ReLUs a rounding opens and
+# shuts gates, which moves the gradients of the reference, too, by 1e-2.
+ALLOWED = {"logits": 2e-6, "first reduce": 4e-5, "first span": 4e-5, "last span": 4e-5}
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,16 @@ class Case:
     @property
     def key(self) -> str:
         return f"{self.device}-train-{OP}-B{self.batch}-{self.side}x{self.side}-float32"
+
+
+@contextlib.contextmanager
+def checkable():
+    """Within it F.relu, which nn.ReLU calls too, is softplus, and convolutions do not round to TF32."""
+    with (
+        mock.patch.object(F, "relu", lambda x, inplace=False: F.softplus(x)),
+        torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+    ):
+        yield
 
 
 class Inputs:
@@ -53,7 +67,7 @@ class Inputs:
         return model, torch.randn(self.case.batch, 3, self.case.side, self.case.side, device=self.case.device)
 
     def step(self, backend: str | None, dtype: torch.dtype | None = None) -> Step:
-        """Logits of a forward in training mode, and the gradients of their mean square."""
+        """Logits of a forward in training mode, and the gradients of their mean square; when checked, without kinks."""
         from fastib.nn import Involution2d
 
         def step(checking: bool) -> tuple[Tensor, ...]:
@@ -63,8 +77,9 @@ class Inputs:
             layers = [layer for layer in model.modules() if isinstance(layer, Involution2d)]
             for layer in layers:
                 layer.backend = backend
-            logits = model(images)
-            gradients = torch.autograd.grad(logits.square().mean(), list(model.parameters()))
+            with checkable() if checking else contextlib.nullcontext():
+                logits = model(images)
+                gradients = torch.autograd.grad(logits.square().mean(), list(model.parameters()))
             by_weight = {id(p): g for p, g in zip(model.parameters(), gradients, strict=True)}
             seen = (layers[0].reduce.weight, layers[0].span.weight, layers[-1].span.weight)
             return (logits.detach(), *(by_weight[id(weight)] for weight in seen))

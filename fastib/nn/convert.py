@@ -52,7 +52,6 @@ def apply_mhca(
         raise ValueError("apply_mhca: model must keep all patches; build it with patch_drop_rate=0")
 
     options = {"num_prefix_tokens": num_prefix_tokens, "rpe_drop": rpe_drop, "locality_strength": locality_strength}
-    blocks = list(blocks)
     converted = {index: _convert(model, index, grid_size, backend=backend, **options) for index in blocks}
     for index, attn in converted.items():
         model.blocks[index].attn = attn

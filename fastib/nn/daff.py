@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastib.nn.batch_norm import takes_statistics, track_statistics
 from fastib.nn.grid import patch_grid
 from fastib.ops import depthwise_block
 
@@ -68,12 +69,12 @@ class DAFF(nn.Module):
         """Plain BatchNorms in one mode, as they are built; synchronised ones need all processes between the passes."""
         norms, (batch, places, _) = (self.norm1, self.norm2), hidden.shape
         plain = all(type(norm) is nn.BatchNorm2d and norm.affine for norm in norms)
-        return plain and len({_takes_statistics(norm) for norm in norms}) == 1 and batch * places > 1
+        return plain and len({takes_statistics(norm) for norm in norms}) == 1 and batch * places > 1
 
     def _fused(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
         norm1, norm2 = self.norm1, self.norm2
         statistics = None
-        if not _takes_statistics(norm1):
+        if not takes_statistics(norm1):
             running = norm1.running_mean, norm1.running_var, norm2.running_mean, norm2.running_var
             statistics = torch.stack(running)
         out, used = depthwise_block(
@@ -81,8 +82,8 @@ class DAFF(nn.Module):
             statistics=statistics, eps=(norm1.eps, norm2.eps), backend=self.backend,
         )  # fmt: skip
         count = hidden.shape[0] * hidden.shape[1]
-        _track(norm1, used[0], used[1], count)
-        _track(norm2, used[2], used[3], count)
+        track_statistics(norm1, used[0], used[1], count)
+        track_statistics(norm2, used[2], used[3], count)
         return out
 
     def _layers(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -96,18 +97,3 @@ class DAFF(nn.Module):
 def _on_grid(layer: Callable[[Tensor], Tensor], x: Tensor, grid: tuple[int, int]) -> Tensor:
     """`layer`, for maps (B, C, gh, gw), on places x (B, gh gw, C): channels_last, and so without a copy."""
     return layer(x.unflatten(1, grid).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
-
-
-def _takes_statistics(norm: nn.BatchNorm2d) -> bool:
-    return norm.training or norm.running_mean is None
-
-
-@torch.no_grad()
-def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """What BatchNorm does with the statistics of a batch of `count` values, whose variance is biased."""
-    if not norm.training or norm.running_mean is None:
-        return
-    norm.num_batches_tracked.add_(1)
-    share = 1.0 / norm.num_batches_tracked.to(mean) if norm.momentum is None else norm.momentum
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
-    norm.running_var.lerp_(var.to(norm.running_var.dtype) * (count / (count - 1)), share)

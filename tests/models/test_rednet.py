@@ -68,7 +68,7 @@ def norm(x: torch.Tensor, layer: torch.nn.BatchNorm2d) -> torch.Tensor:
 def involve(x: torch.Tensor, layer: Involution2d) -> torch.Tensor:
     """The involution by its definition, one place at a time."""
     batch, channels, height, width = x.shape
-    s, k, half = layer.stride, layer.kernel_size, layer.kernel_size // 2
+    s, d, k, half = layer.stride, layer.dilation, layer.kernel_size, layer.kernel_size // 2
     rows, columns = -(-height // s), -(-width // s)
     cells = torch.stack(
         [
@@ -87,15 +87,16 @@ def involve(x: torch.Tensor, layer: Involution2d) -> torch.Tensor:
                 kernel = spanned[:, (group * k + u) * k + v]
                 for i in range(rows):
                     for j in range(columns):
-                        row, column = i * s + u - half, j * s + v - half
+                        row, column = i * s + (u - half) * d, j * s + (v - half) * d
                         if 0 <= row < height and 0 <= column < width:
                             y[:, c, i, j] += kernel[:, i, j] * x[:, c, row, column]
     return y
 
 
+@pytest.mark.parametrize("output_stride", [None, 4])
 @pytest.mark.parametrize("size", [(16, 12), (13, 9)])
-def test_output_equals_a_functional_recomputation(size):
-    model = shaken(small())
+def test_output_equals_a_functional_recomputation(size, output_stride):
+    model = shaken(small(output_stride=output_stride))
     x = y = images(2, 3, *size)
     stem = model.stem
     y = norm(F.conv2d(y, stem.conv1.weight, stride=2, padding=1), stem.norm1).relu()
@@ -104,7 +105,8 @@ def test_output_equals_a_functional_recomputation(size):
     y = F.max_pool2d(y, 3, 2, 1)
     for i, stage in enumerate(model.stages):
         for j, block in enumerate(stage):
-            stride = 2 if i > 0 and j == 0 else 1
+            stride = 2 if i > 0 and j == 0 and output_stride is None else 1
+            assert (block.inv.stride, block.inv.dilation) == (stride, 2 if output_stride and i > 0 and j > 0 else 1)
             shortcut = y
             if j == 0:
                 shortcut = norm(F.conv2d(y, block.downsample[0].weight, stride=stride), block.downsample[1])

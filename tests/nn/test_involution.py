@@ -35,25 +35,36 @@ def test_formula(stride, dilation, memory_format):
     assert out.is_contiguous(memory_format=memory_format)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (7, 7), (15, 8), (13, 2), (56, 57)])
-@pytest.mark.parametrize("stride", [1, 2, 3])
-def test_any_size_at_any_stride(size, stride):
-    """The kernel map has as many places as the result; the cells at an edge average what is there."""
-    module = Involution2d(16, 3, stride).eval()
-    x = torch.randn(2, 16, *size)
+def cells(x: torch.Tensor, stride: int) -> torch.Tensor:
+    """Means of stride x stride cells, of what there is of them at the lower and right edge."""
+    rows = [x[:, :, i : i + stride].mean(2) for i in range(0, x.shape[2], stride)]
+    x = torch.stack(rows, 2)
+    return torch.stack([x[..., j : j + stride].mean(3) for j in range(0, x.shape[3], stride)], 3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 7), (15, 8), (13, 2), (26, 27)])
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (2, 3)])
+def test_any_size_at_any_stride_and_dilation(size, stride, dilation):
+    """The kernel map has as many places as the result; value and all gradients."""
+    torch.manual_seed(0)
+    module = Involution2d(16, 3, stride, dilation).double().eval()
+    x = torch.randn(2, 16, *size, dtype=torch.float64, requires_grad=True)
+    kernels = module.span(module.norm(module.reduce(cells(x, stride))).relu()).unflatten(1, (1, 3, 3))
+    expected = involution_ref(x, kernels, stride=stride, dilation=dilation)
     out = module(x)
-    assert out.shape == (2, 16, -(-size[0] // stride), -(-size[1] // stride))
-    pad = [-s % stride for s in size]
-    ones = F.pad(torch.ones(1, 1, *size), (0, pad[1], 0, pad[0]))
-    cells = F.avg_pool2d(F.pad(x, (0, pad[1], 0, pad[0])), stride) / F.avg_pool2d(ones, stride)
-    kernels = module.span(module.act(module.norm(module.reduce(cells)))).unflatten(1, (1, 3, 3))
-    torch.testing.assert_close(out, involution_ref(x, kernels, stride=stride), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
+    grad_out = torch.randn_like(out)
+    leaves = [x, *module.parameters()]
+    gradients = (torch.autograd.grad(y, leaves, grad_out) for y in (out, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-9)
 
 
 def test_fewer_channels_than_a_group():
     """An RGB image: one group of all three channels."""
-    module = Involution2d(3)
-    assert module.groups == 1 and module(torch.randn(2, 3, 9, 9)).shape == (2, 3, 9, 9)
+    torch.manual_seed(0)
+    module, x = Involution2d(3).double().eval(), torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    kernels = module.span(module.norm(module.reduce(x)).relu()).view(2, 1, 7, 7, 9, 9)
+    torch.testing.assert_close(module(x), involution_ref(x, kernels), rtol=1e-9, atol=1e-10)
 
 
 def test_trains_in_half_precision_and_channels_last():
@@ -69,9 +80,14 @@ def test_trains_in_half_precision_and_channels_last():
 
 
 def test_other_layers_between():
-    module = Involution2d(32, 5, norm_layer=nn.InstanceNorm2d, act_layer=nn.GELU, reduction=100)
-    assert module.reduce.out_channels == 1 and isinstance(module.act, nn.GELU)
-    assert module(torch.randn(1, 32, 6, 6)).shape == (1, 32, 6, 6)
+    torch.manual_seed(0)
+    module = Involution2d(32, 5, norm_layer=nn.InstanceNorm2d, act_layer=nn.GELU, reduction=100).double()
+    x = torch.randn(1, 32, 6, 6, dtype=torch.float64)
+    hidden = module.reduce(x)
+    assert hidden.shape[1] == 1
+    hidden = (hidden - hidden.mean()) / (hidden.var(unbiased=False) + 1e-5).sqrt()
+    kernels = module.span(F.gelu(hidden)).view(1, 2, 5, 5, 6, 6)
+    torch.testing.assert_close(module(x), involution_ref(x, kernels), rtol=1e-9, atol=1e-10)
     assert "kernel_size=5, groups=2, stride=1, dilation=1" in repr(module)
 
 

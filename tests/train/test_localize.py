@@ -145,10 +145,29 @@ def test_largest_box():
     score[1:3, 1:3] = 1.0
     score[4:9, 5:8] = 0.5
     score[9, 8] = 0.5  # touches at a corner
-    assert largest_box(score, 0.6) == (1, 1, 3, 3)
-    assert largest_box(score, 0.5) == (5, 4, 9, 10)
-    assert largest_box(score, 0.0) == (0, 0, 12, 10) == largest_box(score, 2.0)
-    assert THRESHOLDS[0] == 0 and THRESHOLDS[-1] == 0.99 and len(THRESHOLDS) == 100
+    assert largest_box(score > 0.6) == (1, 1, 3, 3)
+    assert largest_box(score > 0.4) == (5, 4, 9, 10)
+    assert largest_box(score > -1) == (0, 0, 12, 10)
+    assert largest_box(score > 2) == (0, 0, 1, 1)
+
+
+def test_thresholds_are_those_of_the_published_evaluation():
+    """Score maps of 8 bits against int(255 t) for the thousand t from 0 to 0.999: so many that no other one matters."""
+    assert sorted({int(t * 255) for t in np.arange(0, 1, 0.001)}) == THRESHOLDS.tolist()
+
+
+def test_boxes_between_coarse_thresholds_are_found(run, drawn, capsys, monkeypatch):
+    """A step of one 255th around the object is seen: thresholds in hundredths would jump over it."""
+    score = np.full((224, 224), 0.5)
+    score[32:96, 16:80] += 1 / 255
+    score[0, 0], score[0, 223] = 0.0, 1.0
+    monkeypatch.setattr("fastib.train.localize.score_maps", lambda _, x: torch.tensor(score).expand(len(x), -1, -1))
+    (drawn.parent / "boxes.csv").write_text("image,x0,y0,x1,y1\n0.png,16,16,80,48\n")
+    assert localize(run, drawn) == 0
+    row = json.loads(capsys.readouterr().out)["MaxBoxAcc"]["averaged attention"]
+    assert [row[f"IoU {level}"] for level in (0.3, 0.5, 0.7)] == [100.0, 100.0, 100.0]
+    assert row["threshold at 0.5"] == pytest.approx(127 / 255)
+    assert not any((0.5 < t <= 0.5 + 1 / 255) for t in np.arange(100) / 100)
 
 
 def test_iou():
