@@ -30,7 +30,7 @@ def feature_alignment_loss(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """Distance of a student's tokens from a teacher's, lengths and means of the tokens left out (Eq. 6).
+    """Distance of a student's tokens from a teacher's, their lengths and means left out (Bootstrapping ViTs, Eq. 6).
 
     The longer sequence is averaged along its tokens to the length of the shorter; each token is centred over its
     channels and brought to length 1; `loss = reduction of |student - teacher|^2`. That is `mse_loss` of two

@@ -105,12 +105,31 @@ def test_equation_6(soft, options):
         torch.testing.assert_close(ours, e, rtol=1e-7, atol=1e-9)
 
 
-def test_distillation_token():
-    method = build(name="deit_tiny_distilled_patch16_224")
+@pytest.mark.parametrize(
+    ("name", "prefix", "layers"),
+    [
+        ("deit_tiny_distilled_patch16_224", 2, 3),
+        ("vit_small_patch14_reg4_dinov2", 5, 3),
+        ("beit_base_patch16_224", 1, 3),
+        ("cait_xxs24_224", 1, 2),
+    ],
+)
+def test_students_of_timm(name, prefix, layers):
+    """A distillation token, registers, a bias in the attention, a class token that attends in the last layers alone."""
+    method = build(name=name)
     images, targets = batch(method)
-    _, maps = rows_by_hand(method.student, images, 2)
+    attended = [layer for _, layer in method.capture.layers if hasattr(layer, "attn_drop")]
+    rows = []
+    for layer in attended:
+        layer.fused_attn = False
+        layer.attn_drop.register_forward_hook(lambda _, args, __: rows.append(args[0][:, :, 0, prefix:]))
+    method.student(images)
+    for layer in attended:
+        layer.fused_attn = True
+    maps = torch.cat([row / row.sum(-1, keepdim=True) for row in rows], 1)
+    assert maps.shape[1] == 3 * layers == method.groups[0].link.weight.shape[1]
     link = method.groups[0].link
-    expected = equation_5(link.weight, link.bias, torch.cat(maps, 1), teacher_maps(method, images), (4, 4))
+    expected = equation_5(link.weight, link.bias, maps, teacher_maps(method, images), (4, 4))
     torch.testing.assert_close(method(images, targets, 0.0)["attention"], 2000 * expected, rtol=1e-9, atol=0)
 
 
