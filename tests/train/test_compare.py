@@ -8,7 +8,7 @@ import pytest
 
 from fastib.methods import list_methods
 from fastib.train.cli import main
-from fastib.train.compare import Comparison, compare, mean_and_error
+from fastib.train.compare import Comparison, compare, draw, mean_and_error
 from fastib.train.errors import ConfigError
 
 SMALL = ["steps=2", "device=cpu", "data.batch_size=32"]
@@ -34,6 +34,24 @@ def test_mean_and_error():
     assert mean_and_error([3.0]) == (3.0, None)
     mean, error = mean_and_error([1.0, 2.0, 6.0])
     assert (mean, error) == (3.0, pytest.approx(statistics.stdev([1.0, 2.0, 6.0]) / 3**0.5))
+
+
+def test_picture(tmp_path, monkeypatch):
+    """A line for each method: shares in percent from small to large, means, standard errors."""
+    from matplotlib.axes import Axes
+
+    lines, original = {}, Axes.errorbar
+
+    def spy(axis, x, y, yerr, label, **style):
+        lines[label] = (list(x), list(y), list(yerr), style.get("linestyle"))
+        return original(axis, x, y, yerr, label=label, **style)
+
+    monkeypatch.setattr(Axes, "errorbar", spy)
+    comparison = Comparison(tmp_path, methods=["plain", "aal"], fractions=[1.0, 0.1])
+    scores = {("plain", 1.0): {0: 90.0, 1: 94.0}, ("plain", 0.1): {0: 70.0}, ("aal", 0.1): {0: 80.0, 1: 81.0}}
+    draw(comparison, scores, tmp_path / "compare.png")
+    assert lines["plain"] == ([10.0, 100.0], [70.0, 92.0], [0.0, pytest.approx(2.0)], "--")
+    assert lines["aal"] == ([10.0], [80.5], [pytest.approx(0.5)], None)
 
 
 def test_all_methods_in_small(tmp_path, capsys):
