@@ -319,8 +319,23 @@ def test_every_case_names_its_peers_and_goals_once(op):
             assert {goal.case for goal in job.goals} <= {"", *(other.key for other in jobs)}
 
 
-@pytest.mark.parametrize("op", [*OPS, "bootstrap"])
+@pytest.mark.parametrize("op", [*OPS, "bootstrap", "rednet"])
 def test_the_memory_checkers_small_case_passes_its_gate(op):
     job = module(f"bench_{op}").small_job("cpu")
     _, seen = harness.admit(job.peers[:1], job.reference(), job.allowed)
     assert seen["fastib"].status == "ok", seen["fastib"].reason
+
+
+def test_the_gate_of_a_training_step_sees_a_gradient_that_is_off_by_a_thousandth(monkeypatch):
+    import fastib.nn.involution as layer
+
+    right, job = layer.involution, module("bench_rednet").small_job("cpu")
+
+    def wrong(x, weight, backend=None, **options):
+        y = right(x, weight, backend=backend, **options)
+        return y if backend == "reference" else y + 1e-3 * (y - y.detach())
+
+    expected = job.reference()
+    monkeypatch.setattr(layer, "involution", wrong)
+    _, seen = harness.admit(job.peers, expected, job.allowed)
+    assert [seen[peer.name].status for peer in job.peers] == ["wrong", "ok"]
