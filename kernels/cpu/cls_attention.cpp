@@ -20,10 +20,11 @@ thread_local Scratch scratch;
 constexpr int64_t kTokens = 8;  // of a block of the backward
 constexpr double kLog2e = 1.4426950408889634;
 
-// Asks for the cache lines of `bytes` that lie `ahead` bytes behind p; they need not exist.
+// Asks for the cache lines of `bytes` that lie `ahead` bytes behind p; they need not exist. They go to the second cache:
+// a block of tokens in all heads and the next one would push each other out of the first.
 inline void prefetch(const void* p, int64_t ahead, int64_t bytes) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(at + i));
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(at + i), 0, 2);
 }
 
 // The heads of one unit.
@@ -118,7 +119,7 @@ void forward(const ClsAttentionParams& p, int64_t begin, int64_t end) {
     for (int64_t j = 0; j < keys; j += W)
       for (int64_t h = 0; h < unit.heads; ++h) {
         const Rows<const E> rows{k + h * p.k_stride[1] + (p.first_key + j) * p.k_stride[2], p.k_stride[2]};
-        const int64_t ahead = W * p.k_stride[2] * static_cast<int64_t>(sizeof(E));
+        const int64_t ahead = 2 * W * p.k_stride[2] * static_cast<int64_t>(sizeof(E));
         store(scores + h * padded + j, dots<E, T>(q + h * width, rows, smaller(W, keys - j), p.D, ahead));
       }
     for (int64_t h = 0; h < unit.heads; ++h) {
