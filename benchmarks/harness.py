@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -150,7 +151,8 @@ def interleave(
     max_rounds: int = 100,
     warmup: int = 2,
 ) -> dict[str, list[float]]:
-    """Round-robin timing: each round times every step once, and the order turns by one place a round.
+    """Round-robin timing: each round times every step once, in an order drawn anew, so that none always finds in the
+    caches what the same other one has left there. The draws are the same in every run.
 
     Rounds are as many as fit `seconds`, within the limits. A step that alone would take more than half of `seconds` in
     `min_rounds` is timed in three rounds only. Returns milliseconds per step.
@@ -158,7 +160,7 @@ def interleave(
     samples: dict[str, list[float]] = {name: [] for name in steps}
     first = {name: timer(step) for name, step in steps.items()}
     slow = {name for name, duration in first.items() if duration * min_rounds > 500 * seconds}
-    order = list(steps)
+    order, draw = list(steps), random.Random(0)
     for _ in range(warmup - 1):
         for name in order:
             if name not in slow:
@@ -176,8 +178,7 @@ def interleave(
                 start = time.perf_counter()
                 if not order:
                     break
-            turn = done % len(order)
-            for name in order[turn:] + order[:turn]:
+            for name in draw.sample(order, len(order)):
                 samples[name].append(timer(steps[name]))
             done += 1
     finally:

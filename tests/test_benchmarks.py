@@ -105,18 +105,22 @@ def test_gate_lets_right_peers_alone_be_timed():
     assert seen["wrong"].max_error == pytest.approx(0.5)
 
 
-def test_rounds_are_interleaved_and_the_order_turns():
+def test_rounds_are_interleaved_in_orders_drawn_anew():
     calls = []
-    steps = {name: (lambda checking, name=name: calls.append(name)) for name in "abc"}
+    steps = {name: (lambda checking, name=name: calls.append(name)) for name in "abcd"}
 
     def timer(step):
         step(False)
         return float(len(calls))
 
-    samples = harness.interleave(steps, timer, seconds=1.0, min_rounds=4, max_rounds=4, warmup=1)
-    assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc"
-    assert samples["a"] == [4.0, 9.0, 11.0, 13.0]
-    assert {len(times) for times in samples.values()} == {4}
+    samples = harness.interleave(steps, timer, seconds=1.0, min_rounds=40, max_rounds=40, warmup=1)
+    rounds = ["".join(calls[k : k + 4]) for k in range(0, len(calls), 4)]
+    assert rounds[0] == "abcd" and len(rounds) == 41
+    assert all(sorted(order) == list("abcd") for order in rounds)
+    for name in "abcd":
+        assert samples[name] == [4 * k + order.index(name) + 1.0 for k, order in enumerate(rounds) if k]
+        before = [order[order.index(name) - 1] for order in rounds[1:] if order[0] != name]
+        assert {before.count(other) > 3 for other in "abcd" if other != name} == {True}
 
 
 def test_a_very_slow_peer_gets_three_rounds():
