@@ -20,8 +20,8 @@ thread_local Scratch scratch;
 constexpr int64_t kTokens = 8;  // of a block of the backward
 constexpr double kLog2e = 1.4426950408889634;
 
-// Asks for the cache lines of `bytes` that lie `ahead` bytes behind p; they need not exist. They go to the second cache:
-// a block of tokens in all heads and the next one would push each other out of the first.
+// Asks for the cache lines of `bytes` that lie `ahead` bytes behind p; they need not exist. They go to the second
+// cache: a block of tokens in all heads and the next one would push each other out of the first.
 inline void prefetch(const void* p, int64_t ahead, int64_t bytes) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead);
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(at + i), 0, 2);
