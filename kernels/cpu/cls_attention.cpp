@@ -1,9 +1,9 @@
 // Attention of the class token alone for one instruction set; see cls_attention.h.
 //
 // Floors of one image: the forward reads the H N D elements of k, the backward reads them again and writes as many:
-// memory is the bound. So a block of tokens is taken through all heads before the next: where the heads of a token are
-// neighbours, as in views of a packed qkv, k is read from front to back, and the lines of the next block are asked for
-// while this one is worked on.
+// memory is the bound. So k is read from front to back, a block of tokens through all heads where the heads of a token
+// are neighbours, as in views of a packed qkv, and the lines of the blocks behind are asked for while this one is
+// worked on.
 #include "cls_attention.h"
 
 #include <cmath>
@@ -116,12 +116,17 @@ void forward(const ClsAttentionParams& p, int64_t begin, int64_t end) {
     const E* k = static_cast<const E*>(p.k) + unit.b * p.k_stride[0] + unit.first * p.k_stride[1];
     for (int64_t h = 0; h < unit.heads; ++h)
       pack_query(q + h * width, q_rows + h * p.q_stride[1], p.D, static_cast<T>(p.scale * kLog2e));
-    for (int64_t j = 0; j < keys; j += W)
-      for (int64_t h = 0; h < unit.heads; ++h) {
-        const Rows<const E> rows{k + h * p.k_stride[1] + (p.first_key + j) * p.k_stride[2], p.k_stride[2]};
-        const int64_t ahead = 2 * W * p.k_stride[2] * static_cast<int64_t>(sizeof(E));
-        store(scores + h * padded + j, dots<E, T>(q + h * width, rows, smaller(W, keys - j), p.D, ahead));
-      }
+    const auto block = [&](int64_t h, int64_t j) {
+      const Rows<const E> rows{k + h * p.k_stride[1] + (p.first_key + j) * p.k_stride[2], p.k_stride[2]};
+      const int64_t ahead = 2 * W * p.k_stride[2] * static_cast<int64_t>(sizeof(E));
+      store(scores + h * padded + j, dots<E, T>(q + h * width, rows, smaller(W, keys - j), p.D, ahead));
+    };
+    if (p.k_stride[1] > p.k_stride[2])  // each head's keys lie together
+      for (int64_t h = 0; h < unit.heads; ++h)
+        for (int64_t j = 0; j < keys; j += W) block(h, j);
+    else
+      for (int64_t j = 0; j < keys; j += W)
+        for (int64_t h = 0; h < unit.heads; ++h) block(h, j);
     for (int64_t h = 0; h < unit.heads; ++h) {
       T* s = scores + h * padded;
       for (int64_t j = keys; j < padded; ++j) s[j] = -std::numeric_limits<T>::infinity();
