@@ -60,7 +60,7 @@ struct Stage {
         const E* from = row.w.at(u, 0, 0, j);
         T* to = dst + u * side() * kSlots;
         for (int64_t v = 0; v < side(); ++v, from += v_step, to += kSlots) {
-          __builtin_prefetch(from + ahead, 0, 2);
+          __builtin_prefetch(from + ahead, 0, 2);  // into the second cache: x fills the first
           for (int64_t k = 0; k < kSlots; k += W) store(to + k, load_part(from + k, n - k));
         }
       }
