@@ -10,7 +10,7 @@ import timm
 from torch import Tensor, nn
 
 import fastib.models  # noqa: F401 (registers its models with timm)
-from fastib.train.checkpoint import read_tensors, write_tensors
+from fastib.train.checkpoint import beside, read_tensors, write_tensors
 from fastib.train.config import DataConfig, ModelConfig
 from fastib.train.errors import CheckpointError, ConfigError
 from fastib.train.runs import STUDENT
@@ -40,7 +40,7 @@ def build_model(name: str, kwargs: dict, num_classes: int, in_chans: int, img_si
 
 def save_student(path: Path, weights: dict[str, Tensor], description: dict) -> None:
     """Write a student's weights together with the description of the model they belong to."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = beside(path)
     write_tensors(temporary, weights, {"fastib": json.dumps(description)})
     temporary.replace(path)
 

@@ -41,9 +41,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"cannot read {path}: {error} (truncated, or no safetensors file)") from error
 
 
+def beside(path: Path) -> Path:
+    """A place to write what will be renamed to `path`, which no other process takes."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = beside(path)
     temporary.write_text(text, encoding="utf-8")
     _sync(temporary)
     os.replace(temporary, path)

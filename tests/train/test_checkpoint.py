@@ -1,5 +1,7 @@
 """Tensor files, optimizer states, and which checkpoints stay."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,23 @@ def test_unusable_files_are_named(tmp_path):
         state.write_text(content)
         with pytest.raises(CheckpointError, match=rf"state\.json.*{message}|{message}.*state\.json"):
             store.load(1)
+
+
+def test_two_processes_write_one_file(tmp_path):
+    program = (
+        "import pathlib, sys; from fastib.train.checkpoint import write_text\n"
+        "for _ in range(300): write_text(pathlib.Path(sys.argv[1]), sys.argv[2] * 1000)"
+    )
+    path = tmp_path / "scores.md"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program, path, letter], stderr=subprocess.PIPE, text=True)
+        for letter in "ab"
+    ]
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert path.read_text() in ("a" * 1000, "b" * 1000)
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.md"]
 
 
 def test_nothing_is_pickled():
