@@ -45,12 +45,13 @@ def generalized_conv(
         return generalized_conv_ref(x, w_v, w_o, bias, num_heads)
     if _backend.channels_last(x):
         values = F.linear(x.permute(0, 2, 3, 1), w_v).permute(0, 3, 1, 2)
-        return F.linear(_shift(values, num_heads).permute(0, 2, 3, 1), w_o, bias).permute(0, 3, 1, 2)
+        values = _shift(values, num_heads).permute(0, 2, 3, 1)  # the product's memory is free for the next one
+        return F.linear(values, w_o, bias).permute(0, 3, 1, 2)
     batch, size = x.shape[0], x.shape[2:]
     values = torch.bmm(w_v.expand(batch, -1, -1), x.flatten(2)).unflatten(2, size)
-    shifted, w_o = _shift(values, num_heads).flatten(2), w_o.expand(batch, -1, -1)
-    out = torch.bmm(w_o, shifted) if bias is None else torch.baddbmm(bias[:, None], w_o, shifted)
-    return out.unflatten(2, size)
+    values = _shift(values, num_heads).flatten(2)
+    out = torch.bmm(w_o.expand(batch, -1, -1), values).unflatten(2, size)
+    return out if bias is None else out.add_(bias[:, None, None])
 
 
 def _check(x: Tensor, w_v: Tensor, w_o: Tensor, bias: Tensor | None, num_heads: int) -> None:

@@ -58,8 +58,16 @@ void shift_channels(const GeneralizedConvShiftParams& p, int64_t begin, int64_t 
   }
 }
 
+// Zeros in columns [from, to) of rows [begin, end): runs too short for memset.
+template <typename Word>
+void clear_columns(char* plane, int64_t row, int64_t begin, int64_t end, int64_t from, int64_t to) {
+  for (int64_t j = from; j < to; ++j)
+    for (int64_t i = begin; i < end; ++i) reinterpret_cast<Word*>(plane)[i * row + j] = 0;
+}
+
+template <typename Word>
 void shift_columns(const GeneralizedConvShiftParams& p, int64_t begin, int64_t end) {
-  const int64_t size = p.element_size, channels = p.H * p.D, window = generalized_conv_window(p.H);
+  const int64_t size = sizeof(Word), channels = p.H * p.D, window = generalized_conv_window(p.H);
   const bool whole = p.x_stride[2] == p.columns && p.out_stride[2] == p.columns;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t b = unit / channels, c = unit % channels;
@@ -67,11 +75,9 @@ void shift_columns(const GeneralizedConvShiftParams& p, int64_t begin, int64_t e
     const int64_t first_row = larger(0, -at.row), end_row = p.rows - larger(0, at.row);
     const int64_t first = larger(0, -at.column), last = p.columns - larger(0, at.column);
     char* out = static_cast<char*>(p.out) + (b * p.out_stride[0] + c * p.out_stride[1]) * size;
-    const auto clear = [&](int64_t i, int64_t from, int64_t to) {
-      std::memset(out + (i * p.out_stride[2] + from) * size, 0, (to - from) * size);
-    };
     for (int64_t i = 0; i < p.rows; ++i)
-      if (i < first_row || i >= end_row || first >= last) clear(i, 0, p.columns);
+      if (i < first_row || i >= end_row || first >= last)
+        std::memset(out + i * p.out_stride[2] * size, 0, p.columns * size);
     if (first_row >= end_row || first >= last) continue;
     const char* x = static_cast<const char*>(p.x) + (b * p.x_stride[0] + c * p.x_stride[1]) * size;
     x += ((first_row + at.row) * p.x_stride[2] + first + at.column) * size;
@@ -83,15 +89,23 @@ void shift_columns(const GeneralizedConvShiftParams& p, int64_t begin, int64_t e
       for (int64_t r = 0; r < count; ++r)
         std::memcpy(to + r * p.out_stride[2] * size, x + r * p.x_stride[2] * size, (last - first) * size);
     }
-    if (at.column == 0) continue;
-    for (int64_t i = first_row; i < end_row; ++i) clear(i, 0, first), clear(i, last, p.columns);
+    clear_columns<Word>(out, p.out_stride[2], first_row, end_row, 0, first);
+    clear_columns<Word>(out, p.out_stride[2], first_row, end_row, last, p.columns);
   }
 }
 
 }  // namespace
 
 void generalized_conv_shift(const GeneralizedConvShiftParams& p, int64_t begin, int64_t end) {
-  p.channels_last ? shift_channels(p, begin, end) : shift_columns(p, begin, end);
+  if (p.channels_last) return shift_channels(p, begin, end);
+  switch (p.element_size) {
+    case 2:
+      return shift_columns<uint16_t>(p, begin, end);
+    case 4:
+      return shift_columns<uint32_t>(p, begin, end);
+    default:
+      return shift_columns<uint64_t>(p, begin, end);
+  }
 }
 
 }  // namespace fastib::FASTIB_ISA_NAMESPACE
