@@ -14,6 +14,9 @@ namespace {
 
 thread_local Scratch scratch;
 
+// Tokens whose rows are asked for ahead of their turn, where several rows are read side by side.
+constexpr int64_t kAhead = 2;
+
 // dst (padded) = mean of `step` rows, zero beyond C; returns the sum over C.
 template <typename E, typename T>
 T average(T* dst, int64_t padded, Rows<const E> rows, int64_t step, int64_t C) {
@@ -21,6 +24,7 @@ T average(T* dst, int64_t padded, Rows<const E> rows, int64_t step, int64_t C) {
   const T share = T(1) / static_cast<T>(step);
   Vec<T> total{};
   for (int64_t c = 0; c < padded; c += W) {
+    for (int64_t r = 0; step > 1 && r < step; ++r) __builtin_prefetch(rows.row(kAhead * step + r) + c, 0, 2);
     Vec<T> sum = load_part(rows.row(0) + c, C - c);
     for (int64_t r = 1; r < step; ++r) sum += load_part(rows.row(r) + c, C - c);
     if (step > 1) sum *= share;

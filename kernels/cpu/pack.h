@@ -88,9 +88,13 @@ using Words = uint16_t __attribute__((vector_size(kVectorBytes / 2)));
 using WideWords = uint32_t __attribute__((vector_size(kVectorBytes)));
 
 inline Vec<float> load_row(const bfloat16* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
   Words words;
   std::memcpy(&words, p, sizeof(words));
   return (Vec<float>)(__builtin_convertvector(words, WideWords) << 16);
+#endif
 }
 
 #if !defined(__AVX512BF16__)
