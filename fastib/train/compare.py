@@ -214,5 +214,5 @@ def draw(comparison: Comparison, scores: dict[tuple[str, float], dict[int, float
     axis.minorticks_off()
     axis.set(xlabel="share of the training images, %", ylabel="top-1 accuracy, %", title=str(comparison.data))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")  # beside the lines, not over them
     figure.savefig(path, dpi=120)
