@@ -19,7 +19,9 @@ template <typename... Works, typename Params>
 void run(const Params& params, int64_t begin, int64_t end) {
   std::tuple<Works...> works{Works(params)...};
   std::apply([](auto&... work) { give_memory(scratch, work...); }, works);
-  for (int64_t unit = begin; unit < end; ++unit) std::apply([unit](auto&... work) { (work.unit(unit), ...); }, works);
+  for (int64_t unit = begin; unit < end; ++unit)
+    std::apply([unit, later = unit + 1 < end ? unit + 1 : unit](auto&... work) { (work.unit(unit, later), ...); },
+               works);
 }
 
 }  // namespace

@@ -32,25 +32,29 @@ class InvolutionGradWeight {
   }
 
   void lay_out(Layout& memory) {
-    memory.take(x.dst, group * x.channel_step + W);
-    memory.take(grad.dst, group * grad.channel_step + W);
+    const int64_t channels = involution_groups(p) * group;
+    memory.take(x.dst, channels * x.channel_step + W);
+    memory.take(grad.dst, channels * grad.channel_step + W);
     memory.take(x_column, p.K);
     if (x_column)
       for (int64_t v = 0, q = 0; v < p.K; ++v, q += p.dilation) x_column[v] = q % p.stride * x.width + q / p.stride;
-    if (p.channels_last) memory.take(out, kDotRows * taps() * W);
-    if (streamed()) memory.take(rows_out, p.K * p.K * streamed_rows() * p.Wo);
+    if (p.channels_last) memory.take(out, kDotRows * taps() * W, false);
+    if (streamed())
+      memory.take(rows_out, p.channels_last ? kDotRows * W * p.G * p.K * p.K : p.K * p.K * streamed_rows() * p.Wo,
+                  false);
   }
 
-  void unit(int64_t index) {
-    const Band at = band(p, index, p.Ho);
-    const int64_t first = at.g * group;
+  void unit(int64_t index, int64_t later) {
+    at = band(p, index, p.Ho), next = pixels_around(p, later);
     x.first_row = at.begin * p.stride - pad;
     x.rows = (at.end - at.begin - 1) * p.stride + (p.K - 1) * p.dilation + 1;
     grad.first_row = at.begin, grad.rows = at.end - at.begin;
-    x.pack(image(static_cast<const E*>(p.x), p.x_stride, at.b, first, p.Hi, p.Wi), group);
-    grad.pack(image(static_cast<const E*>(g.grad_out), g.grad_out_stride, at.b, first, p.Ho, p.Wo), group);
+    x.pack(image(static_cast<const E*>(p.x), p.x_stride, at.b, at.g * group, p.Hi, p.Wi), at.groups * group);
+    grad.pack(image(static_cast<const E*>(g.grad_out), g.grad_out_stride, at.b, at.g * group, p.Ho, p.Wo),
+              at.groups * group);
     const Weights<E> all = weights(static_cast<E*>(g.grad_weight), g.grad_weight_stride, at.b, at.g);
-    if (streamed()) {
+    to = all;
+    if (streamed() && !p.channels_last) {
       for (int64_t i = at.begin; i < at.end; i += streamed_rows()) {
         const int64_t n = smaller(streamed_rows(), at.end - i), step = streamed_rows() * p.Wo;
         to = {rows_out - i * p.Wo, p.K * step, step, p.Wo, 1};
@@ -61,8 +65,8 @@ class InvolutionGradWeight {
       end_stream();
       return;
     }
-    to = all;
     for (int64_t phase = 0; phase < apart; ++phase) some_rows(at.begin + phase, at.end);
+    if (streamed()) end_stream();
   }
 
  private:
@@ -75,7 +79,9 @@ class InvolutionGradWeight {
   // Whether results go past the caches: more than they would hold, in rows that follow each other in memory.
   bool streamed() const {
     const int64_t bytes = p.B * p.G * p.K * p.K * p.Ho * p.Wo * static_cast<int64_t>(sizeof(E));
-    return kCanStream && bytes >= kStreamedBytes && !p.channels_last && apart == 1 && g.grad_weight_stride[4] == p.Wo;
+    if (!kCanStream || bytes < kStreamedBytes) return false;
+    if (p.channels_last) return involution_groups(p) == p.G && g.grad_weight_stride[5] == p.G * p.K * p.K;
+    return apart == 1 && g.grad_weight_stride[4] == p.Wo;
   }
 
   // Rows that are streamed together: long enough to be whole lines of the cache for the most part.
@@ -92,53 +98,77 @@ class InvolutionGradWeight {
   // Rows i, i + apart, ... of all columns.
   template <int R>
   void tiles(int64_t i) {
+    const Upcoming<E> next_grad{
+        static_cast<const E*>(g.grad_out), g.grad_out_stride, next, group, p.Ho, p.Wo, at.end - at.begin};
+    for (int64_t r = 0; r < R; ++r)
+      for (int64_t k = 0; k < at.groups; ++k) next_grad.ask(i - at.begin + r * apart, k);
     for (int64_t j = 0; j < p.Wo; j += W) {
-      if (p.channels_last) {
-        for (int r = 0; r < R; ++r)  // what flush will write
-          for (int64_t l = 0; l < smaller(p.Wo - j, W); ++l)
-            for (int64_t k = 0; k < p.K * p.K; k += 64 / sizeof(E))
-              __builtin_prefetch(to.at(0, 0, i + r * apart, j + l) + k, 1);
-        window<R>(i, j, out, W, p.K * W, W, taps() * W);
-        for (int r = 0; r < R; ++r) flush(out + r * taps() * W, i + r * apart, j);
-      } else {
-        window<R>(i, j, to.at(0, 0, i, j), smaller(p.Wo - j, W), to.u, to.v, apart * to.row);
-      }
+      const int64_t n = smaller(p.Wo - j, W);
+      if (p.channels_last)
+        dense_taps<R>(i, j, n);
+      else
+        window<R>(0, i, j, to.at(0, 0, i, j), n, to.u, to.v, apart * to.row);
     }
   }
 
+  // Taps of n pixels in each of R rows, group by group.
+  template <int R>
+  void dense_taps(int64_t i, int64_t j, int64_t n) {
+    const bool stream = streamed();
+    const int64_t all = p.K * p.K, pixel = stream ? p.G * all : to.column, row = stream ? W * pixel : apart * to.row;
+    E* const first = stream ? rows_out : to.at(0, 0, i, j);
+    for (int64_t k = 0; k < at.groups; ++k) {
+      E* const taps_out = first + k * (stream ? all : g.grad_weight_stride[1]);
+      if (!stream)
+        for (int r = 0; r < R; ++r)  // what flush will write
+          for (int64_t l = 0; l < n; ++l)
+            for (int64_t tap = 0; tap < all; tap += 64 / sizeof(E))
+              __builtin_prefetch(taps_out + r * row + l * pixel + tap, 1);
+      window<R>(k, i, j, out, W, p.K * W, W, taps() * W);
+      for (int r = 0; r < R; ++r) flush(out + r * taps() * W, n, taps_out + r * row, pixel);
+    }
+    if (stream)
+      for (int r = 0; r < R; ++r) stream_bytes(to.at(0, 0, i + r * apart, j), first + r * row, n * pixel * sizeof(E));
+  }
+
   template <int R, typename Out>
-  void window(int64_t i, int64_t j, Out* sums, int64_t lanes, int64_t u, int64_t v, int64_t row) const {
-    const DotWindow<T, Out> at{p.K,
-                               group,
-                               lanes,
-                               x.dst + (i * p.stride - pad - x.first_row) * x.row_step() + j,
-                               grad.dst + (i - grad.first_row) * grad.row_step() + j,
-                               x_column,
-                               x.channel_step,
-                               between * x.row_step(),
-                               grad.channel_step,
-                               apart * grad.row_step(),
-                               sums,
-                               u,
-                               v,
-                               row};
+  void window(int64_t k, int64_t i, int64_t j, Out* sums, int64_t lanes, int64_t u, int64_t v, int64_t row) const {
+    const DotWindow<T, Out> dots{
+        p.K,
+        group,
+        lanes,
+        x.dst + k * group * x.channel_step + (i * p.stride - pad - x.first_row) * x.row_step() + j,
+        grad.dst + k * group * grad.channel_step + (i - grad.first_row) * grad.row_step() + j,
+        x_column,
+        x.channel_step,
+        between * x.row_step(),
+        grad.channel_step,
+        apart * grad.row_step(),
+        sums,
+        u,
+        v,
+        row};
     if (pattern == 2)
-      dot_window<T, Out, 2, R>(at);
+      dot_window<T, Out, 2, R>(dots);
     else
-      dot_window<T, Out, 1, R>(at);
+      dot_window<T, Out, 1, R>(dots);
   }
 
   int64_t taps() const { return divide_up(p.K * p.K, W) * W; }  // of one pixel, in whole vectors
 
-  // Vectors of pixels (taps, lanes) -> the dense taps of row i, columns [j, j + lanes).
-  void flush(const T* sums, int64_t i, int64_t j) const {
-    const int64_t n = smaller(p.Wo - j, W), all = p.K * p.K;
-    for (int64_t tap = 0; tap < all; tap += W) {
+  // Vectors of pixels (taps, lanes) -> the dense taps of n pixels. Taps often are one more than fill whole vectors.
+  void flush(const T* sums, int64_t n, E* pixels, int64_t step) const {
+    const int64_t all = p.K * p.K;
+    int64_t tap = 0;
+    for (; tap + 1 < all; tap += W, sums += W * W) {
       Vec<T> square[W];
-      for (int l = 0; l < W; ++l) square[l] = load(sums + (tap + l) * W);
+      for (int l = 0; l < W; ++l) square[l] = load(sums + l * W);
       transpose<T>(square);
-      for (int64_t l = 0; l < n; ++l) store_part(to.at(0, 0, i, j + l) + tap, square[l], all - tap);
+      E* to = pixels + tap;
+      for (int64_t l = 0; l < n; ++l, to += step) store_part(to, square[l], all - tap);
     }
+    if (tap < all)
+      for (int64_t l = 0; l < n; ++l) store_float(pixels + l * step + tap, sums[l]);
   }
 
   const InvolutionGradParams& g;
@@ -146,6 +176,7 @@ class InvolutionGradWeight {
   int64_t group, pad, rows, apart, between, pattern;
   ChannelPlanes<T> x, grad;
   Weights<E> to{};
+  Band at{}, next{};
   int64_t* x_column = nullptr;
   T* out = nullptr;
   E* rows_out = nullptr;

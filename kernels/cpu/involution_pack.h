@@ -92,9 +92,9 @@ struct ChannelPlanes {
 
   template <typename E>
   void pack_pixels(const Image<const E>& x, int64_t i, T* row, int64_t channels) const {
-    for (int64_t c = 0; c < channels; c += W)
-      for (int64_t phase = 0; phase < phases && phase < x.columns; ++phase)
-        for (int64_t j = phase; j < x.columns; j += W * phases) {
+    for (int64_t phase = 0; phase < phases && phase < x.columns; ++phase)
+      for (int64_t j = phase; j < x.columns; j += W * phases)
+        for (int64_t c = 0; c < channels; c += W) {
           Vec<T> square[W];
           for (int l = 0; l < W; ++l) {
             const int64_t column = j + l * phases;
