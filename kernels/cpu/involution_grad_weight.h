@@ -120,10 +120,10 @@ class InvolutionGradWeight {
     for (int64_t k = 0; k < at.groups; ++k) {
       E* const taps_out = first + k * (stream ? all : g.grad_weight_stride[1]);
       if (!stream)
-        for (int r = 0; r < R; ++r)  // what flush will write
+        for (int r = 0; r < R; ++r)  // what flush will write, in the second cache
           for (int64_t l = 0; l < n; ++l)
             for (int64_t tap = 0; tap < all; tap += 64 / sizeof(E))
-              __builtin_prefetch(taps_out + r * row + l * pixel + tap, 1);
+              __builtin_prefetch(taps_out + r * row + l * pixel + tap, 1, 2);
       window<R>(k, i, j, out, W, p.K * W, W, taps() * W);
       for (int r = 0; r < R; ++r) flush(out + r * taps() * W, n, taps_out + r * row, pixel);
     }
