@@ -224,13 +224,12 @@ inline void pack_columns(T* dst, R<const E> from, int64_t n, int64_t D) {
   constexpr int W = kLanes<T>;
   for (int64_t j = 0; j < n; j += W, dst += W * D) {
     int64_t d = 0;
-    if (j + W <= n)
-      for (; d + W <= D; d += W) {
-        Vec<T> square[W];
-        for (int l = 0; l < W; ++l) square[l] = load_row(from.row(j + l) + d);
-        transpose<T>(square);
-        for (int l = 0; l < W; ++l) store(dst + (d + l) * W, square[l]);
-      }
+    for (; d + W <= D; d += W) {
+      Vec<T> square[W] = {};
+      for (int l = 0; l < W && j + l < n; ++l) square[l] = load_row(from.row(j + l) + d);
+      transpose<T>(square);
+      for (int l = 0; l < W; ++l) store(dst + (d + l) * W, square[l]);
+    }
     for (; d < D; ++d)
       for (int l = 0; l < W; ++l) dst[d * W + l] = j + l < n ? load_float(from.row(j + l) + d) : T(0);
   }
