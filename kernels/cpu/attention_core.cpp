@@ -56,10 +56,12 @@ void AttentionCore<U>::init(const AttentionSizes& sizes, bool backward, Scratch&
 
 template <typename U>
 template <typename E>
-void AttentionCore<U>::forward(const AttentionInputs<E>& x, const AttentionOutputs<E>& out, T* stats,
-                               uint64_t first_element, const ScoreTerm<T>& term) {
+void AttentionCore<U>::forward(const AttentionInputs<E>& x, const AttentionInputs<E>& next,
+                               const AttentionOutputs<E>& out, T* stats, uint64_t first_element,
+                               const ScoreTerm<T>& term) {
   pack_columns(k_columns_, x.k, s_.N, s_.D);
   pack_right(v_, width_, x.v, s_.N, s_.D);
+  const auto ahead = [D = s_.D](int64_t block, auto a, auto b) { return block == 0 ? Ahead(a, b, D) : Ahead(); };
   for (int64_t i0 = 0; i0 < s_.N; i0 += kQueryBlock) {
     const int64_t rows = smaller(kQueryBlock, s_.N - i0);
     pack_left(q_, left_width_, x.q.from(i0), rows, s_.D);
@@ -69,11 +71,14 @@ void AttentionCore<U>::forward(const AttentionInputs<E>& x, const AttentionOutpu
     }
     for (int64_t j0 = 0; j0 < keys_; j0 += block_) {
       const int64_t n = smaller(block_, keys_ - j0);
-      score_block(i0, rows, j0, n, term, [](T* p, int64_t, Vec<T> x) { store(p, x); });
+      score_block(
+          i0, rows, j0, n, term, [](T* p, int64_t, Vec<T> x) { store(p, x); },
+          ahead(j0, next.q.from(i0), out.rows.from(i0)));
       softmax_block(rows, n, j0 > 0);
       if (s_.dropout > 0)
         for (int64_t r = 0; r < rows; ++r) drop(scores_ + r * row_stride_, n, first_element + mask_row(i0 + r) + j0);
-      weighted_rows(out_, reinterpret_cast<const U*>(scores_), v_, rows, j0, n, j0 > 0);
+      weighted_rows(out_, reinterpret_cast<const U*>(scores_), v_, rows, j0, n, j0 > 0,
+                    ahead(j0, next.k.from(i0), next.v.from(i0)));
     }
     for (int64_t r = 0; r < rows; ++r) {
       write_row(out, i0 + r, out_ + r * width_, kept_scale_ / row_sum_[r]);
@@ -85,14 +90,15 @@ void AttentionCore<U>::forward(const AttentionInputs<E>& x, const AttentionOutpu
 
 template <typename U>
 template <typename E>
-void AttentionCore<U>::backward(const AttentionGradInputs<E>& x, const T* stats, const AttentionGrads<E>& grad,
-                                uint64_t first_element, ScoreTerm<T>& term) {
+void AttentionCore<U>::backward(const AttentionGradInputs<E>& x, const AttentionGradInputs<E>& next, const T* stats,
+                                const AttentionGrads<E>& grad, uint64_t first_element, ScoreTerm<T>& term) {
   pack_right(k_, width_, x.forward.k, s_.N, s_.D);
   pack_columns(k_columns_, x.forward.k, s_.N, s_.D);
   pack_columns(v_columns_, x.forward.v, s_.N, s_.D);
   for (int64_t i = 0; i < s_.N * width_; ++i) grad_k_[i] = grad_v_[i] = 0;
   // An extra row's probabilities, divided by the number of rows, carry the mean into all gradients.
   const T extra_share = std::log2(static_cast<T>(s_.extra));
+  const auto ahead = [D = s_.D](int64_t block, auto a, auto b) { return block == 0 ? Ahead(a, b, D) : Ahead(); };
   for (int64_t i0 = 0; i0 < s_.N; i0 += kQueryBlock) {
     const int64_t rows = smaller(kQueryBlock, s_.N - i0);
     pack_left(q_, left_width_, x.forward.q.from(i0), rows, s_.D);
@@ -108,19 +114,24 @@ void AttentionCore<U>::backward(const AttentionGradInputs<E>& x, const T* stats,
     }
     for (int64_t j0 = 0; j0 < keys_; j0 += block_) {
       const int64_t n = smaller(block_, keys_ - j0);
-      score_block(i0, rows, j0, n, term, [top = row_max_, log_sum = row_sum_](T* p, int64_t r, Vec<T> x) {
-        store(p, exp2_vec(x - top[r] - log_sum[r]));
-      });
-      score_gradient_block(rows, j0, n);
+      score_block(
+          i0, rows, j0, n, term,
+          [top = row_max_, log_sum = row_sum_](T* p, int64_t r, Vec<T> x) {
+            store(p, exp2_vec(x - top[r] - log_sum[r]));
+          },
+          ahead(j0, next.forward.q.from(i0), grad.q.from(i0)));
+      score_gradient_block(rows, j0, n, ahead(j0, next.forward.k.from(i0), grad.k.from(i0)));
       for (int64_t r = 0; r < rows; ++r) {
         T* ds = grad_scores_ + r * row_stride_;
         if (s_.dropout > 0) drop_gradient(scores_ + r * row_stride_, ds, r, n, first_element + mask_row(i0 + r) + j0);
         term.add_gradient(i0 + r, j0, n, ds);
         if (kPaired && (r % 2 == 1 || r + 1 == rows)) pair_rows(r & ~int64_t{1}, rows, n);
       }
-      weighted_columns(grad_v_, scores_, grad_out_right_, rows, j0, n);
-      weighted_columns(grad_k_, grad_scores_, q_right_, rows, j0, n);
-      weighted_rows(out_, grad_scores_left_, k_, rows, j0, n, j0 > 0);
+      weighted_columns(grad_v_, scores_, grad_out_right_, rows, j0, n,
+                       ahead(i0, next.forward.v.from(j0), grad.v.from(j0)));
+      weighted_columns(grad_k_, grad_scores_, q_right_, rows, j0, n, Ahead());
+      weighted_rows(out_, grad_scores_left_, k_, rows, j0, n, j0 > 0,
+                    ahead(j0, next.out.from(i0), next.grad_out.from(i0)));
     }
     unpack_rows(grad.q.from(i0), out_, width_, rows, s_.D, static_cast<T>(s_.scale));
   }
@@ -138,16 +149,18 @@ int64_t AttentionCore<U>::key_block(int64_t keys) {
 // left (rows, D) times columns [j0, ...), each finished vector handed to sink(row, vector, x).
 template <typename U>
 template <typename Sink>
-void AttentionCore<U>::product(const U* left, const U* columns, int64_t rows, int64_t j0, int64_t n, Sink&& sink) {
+void AttentionCore<U>::product(const U* left, const U* columns, int64_t rows, int64_t j0, int64_t n, Sink&& sink,
+                               const Ahead& ahead) {
   constexpr int W = kLanes<T>;
-  gemm<U>(rows, n / W, depth_, Left<U>{left, left_width_, 1}, Right<U>{columns + j0 * depth_, W, W * depth_}, sink);
+  gemm<U>(rows, n / W, depth_, Left<U>{left, left_width_, 1}, Right<U>{columns + j0 * depth_, W, W * depth_}, sink,
+          ahead);
 }
 
 // q_ times keys plus the term, in units of log 2, handed to sink(address in scores_, row, x).
 template <typename U>
 template <typename Sink>
 void AttentionCore<U>::score_block(int64_t i0, int64_t rows, int64_t j0, int64_t n, const ScoreTerm<T>& term,
-                                   Sink&& sink) {
+                                   Sink&& sink, const Ahead& ahead) {
   TermRow<T> terms[kQueryBlock];
   for (int64_t r = 0; r < rows; ++r) terms[r] = term.row(i0 + r, j0, n, scores_ + r * row_stride_);
   const auto run = [&](auto&& add) {
@@ -155,7 +168,8 @@ void AttentionCore<U>::score_block(int64_t i0, int64_t rows, int64_t j0, int64_t
         q_, k_columns_, rows, j0, n,
         [add, sink, unit = splat(score_unit_), scores = scores_, stride = row_stride_](int64_t m, int64_t v, Vec<T> x) {
           sink(scores + m * stride + v * kLanes<T>, m, x * unit + add(m, v * kLanes<T>));
-        });
+        },
+        ahead);
   };
   if (terms[0].keep)
     run([&terms](int64_t m, int64_t j) {
@@ -169,8 +183,8 @@ void AttentionCore<U>::score_block(int64_t i0, int64_t rows, int64_t j0, int64_t
 
 // grad_scores_ = gradient of the scores, or of the dropped probabilities where there is dropout.
 template <typename U>
-void AttentionCore<U>::score_gradient_block(int64_t rows, int64_t j0, int64_t n) {
-  const auto run = [&](auto&& sink) { product(grad_out_, v_columns_, rows, j0, n, sink); };
+void AttentionCore<U>::score_gradient_block(int64_t rows, int64_t j0, int64_t n, const Ahead& ahead) {
+  const auto run = [&](auto&& sink) { product(grad_out_, v_columns_, rows, j0, n, sink, ahead); };
   if (s_.dropout > 0)
     run([ds = grad_scores_, stride = row_stride_](int64_t m, int64_t v, Vec<T> x) {
       store(ds + m * stride + v * kLanes<T>, x);
@@ -263,11 +277,11 @@ void AttentionCore<U>::pair_rows(int64_t r, int64_t rows, int64_t n) {
 // dst (rows, D) = (or +=) block (rows, keys) times rows [j0, ...) of right.
 template <typename U>
 void AttentionCore<U>::weighted_rows(T* dst, const U* block, const U* right, int64_t rows, int64_t j0, int64_t n,
-                                     bool add) {
+                                     bool add, const Ahead& ahead) {
   constexpr int W = kLanes<T>;
   const auto run = [&](auto&& sink) {
     gemm<U>(rows, width_ / W, summed<U>(smaller(n, s_.N - j0)), Left<U>{block, row_stride_, 1},
-            Right<U>{right + j0 / kSteps<U> * width_, width_, W}, sink);
+            Right<U>{right + j0 / kSteps<U> * width_, width_, W}, sink, ahead);
   };
   if (add)
     run([dst, width = width_](int64_t m, int64_t v, Vec<T> x) {
@@ -280,14 +294,17 @@ void AttentionCore<U>::weighted_rows(T* dst, const U* block, const U* right, int
 
 // dst rows [j0, ...) += block^T (keys, rows) times right (rows, D).
 template <typename U>
-void AttentionCore<U>::weighted_columns(T* dst, const T* block, const U* right, int64_t rows, int64_t j0, int64_t n) {
+void AttentionCore<U>::weighted_columns(T* dst, const T* block, const U* right, int64_t rows, int64_t j0, int64_t n,
+                                        const Ahead& ahead) {
   constexpr int W = kLanes<T>;
-  gemm<U>(smaller(n, s_.N - j0), width_ / W, summed<U>(rows),
-          Left<U>{reinterpret_cast<const U*>(block), 1, kSteps<U> * row_stride_}, Right<U>{right, width_, W},
-          [first = dst + j0 * width_, width = width_](int64_t m, int64_t v, Vec<T> x) {
-            T* p = first + m * width + v * W;
-            store(p, load(p) + x);
-          });
+  gemm<U>(
+      smaller(n, s_.N - j0), width_ / W, summed<U>(rows),
+      Left<U>{reinterpret_cast<const U*>(block), 1, kSteps<U> * row_stride_}, Right<U>{right, width_, W},
+      [first = dst + j0 * width_, width = width_](int64_t m, int64_t v, Vec<T> x) {
+        T* p = first + m * width + v * W;
+        store(p, load(p) + x);
+      },
+      ahead);
 }
 
 template <typename U>
@@ -304,11 +321,13 @@ void AttentionCore<U>::write_row(const AttentionOutputs<E>& out, int64_t i, T* r
   }
 }
 
-#define FASTIB_INSTANTIATE(E)                                                                                          \
-  template void AttentionCore<Operand<E>>::forward(const AttentionInputs<E>&, const AttentionOutputs<E>&, Compute<E>*, \
-                                                   uint64_t, const ScoreTerm<Compute<E>>&);                            \
-  template void AttentionCore<Operand<E>>::backward(const AttentionGradInputs<E>&, const Compute<E>*,                  \
-                                                    const AttentionGrads<E>&, uint64_t, ScoreTerm<Compute<E>>&);
+#define FASTIB_INSTANTIATE(E)                                                                                     \
+  template void AttentionCore<Operand<E>>::forward(const AttentionInputs<E>&, const AttentionInputs<E>&,          \
+                                                   const AttentionOutputs<E>&, Compute<E>*, uint64_t,             \
+                                                   const ScoreTerm<Compute<E>>&);                                 \
+  template void AttentionCore<Operand<E>>::backward(const AttentionGradInputs<E>&, const AttentionGradInputs<E>&, \
+                                                    const Compute<E>*, const AttentionGrads<E>&, uint64_t,        \
+                                                    ScoreTerm<Compute<E>>&);
 FASTIB_INSTANTIATE(float)
 FASTIB_INSTANTIATE(double)
 FASTIB_INSTANTIATE(bfloat16)

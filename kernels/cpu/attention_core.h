@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "../common/philox.h"
+#include "ahead.h"
 #include "dropout_row.h"
 #include "operand.h"
 
@@ -102,11 +103,11 @@ class AttentionCore {
   void init(const AttentionSizes& sizes, bool backward, Scratch& scratch);
   // first_element: of the pair in the dropout mask.
   template <typename E>
-  void forward(const AttentionInputs<E>& x, const AttentionOutputs<E>& out, T* stats, uint64_t first_element,
-               const ScoreTerm<T>& term);
+  void forward(const AttentionInputs<E>& x, const AttentionInputs<E>& next, const AttentionOutputs<E>& out, T* stats,
+               uint64_t first_element, const ScoreTerm<T>& term);
   template <typename E>
-  void backward(const AttentionGradInputs<E>& x, const T* stats, const AttentionGrads<E>& grad, uint64_t first_element,
-                ScoreTerm<T>& term);
+  void backward(const AttentionGradInputs<E>& x, const AttentionGradInputs<E>& next, const T* stats,
+                const AttentionGrads<E>& grad, uint64_t first_element, ScoreTerm<T>& term);
 
  private:
   static int64_t key_block(int64_t keys);
@@ -116,17 +117,20 @@ class AttentionCore {
   void write_row(const AttentionOutputs<E>& out, int64_t i, T* row, T factor);
 
   template <typename Sink>
-  void product(const U* left, const U* columns, int64_t rows, int64_t j0, int64_t n, Sink&& sink);
+  void product(const U* left, const U* columns, int64_t rows, int64_t j0, int64_t n, Sink&& sink, const Ahead& ahead);
   template <typename Sink>
-  void score_block(int64_t i0, int64_t rows, int64_t j0, int64_t n, const ScoreTerm<T>& term, Sink&& sink);
-  void score_gradient_block(int64_t rows, int64_t j0, int64_t n);
+  void score_block(int64_t i0, int64_t rows, int64_t j0, int64_t n, const ScoreTerm<T>& term, Sink&& sink,
+                   const Ahead& ahead);
+  void score_gradient_block(int64_t rows, int64_t j0, int64_t n, const Ahead& ahead);
   void softmax_block(int64_t rows, int64_t n, bool later);
   void store_probabilities(T* row, int64_t j, Vec<T> p, Vec<T> p2, int vectors);
   void drop(T* p, int64_t n, uint64_t first_element);
   void drop_gradient(T* p, T* ds, int64_t r, int64_t n, uint64_t first_element);
   void pair_rows(int64_t r, int64_t rows, int64_t n);
-  void weighted_rows(T* dst, const U* block, const U* right, int64_t rows, int64_t j0, int64_t n, bool add);
-  void weighted_columns(T* dst, const T* block, const U* right, int64_t rows, int64_t j0, int64_t n);
+  void weighted_rows(T* dst, const U* block, const U* right, int64_t rows, int64_t j0, int64_t n, bool add,
+                     const Ahead& ahead);
+  void weighted_columns(T* dst, const T* block, const U* right, int64_t rows, int64_t j0, int64_t n,
+                        const Ahead& ahead);
 
   AttentionSizes s_;
   int64_t keys_ = 0;        // N rounded up to whole vectors

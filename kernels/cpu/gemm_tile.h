@@ -48,7 +48,7 @@ struct Right {
 // sink(m, v, sum) receives the finished vectors of one tile of kRows x kVecs.
 template <int kRows, int kVecs, typename U, typename Sink>
 inline __attribute__((always_inline)) void tile(int64_t K, const U* a, int64_t a_row, int64_t a_step, const U* b,
-                                                int64_t b_step, int64_t b_vec, Sink&& sink) {
+                                                int64_t b_step, int64_t b_vec, Sink sink) {
   Vec<Sum<U>> sum[kRows][kVecs] = {};
   for (int64_t k = 0; k < K; ++k) {
     Vec<U> right[kVecs];
@@ -69,24 +69,34 @@ inline __attribute__((always_inline)) void tile(int64_t K, const U* a, int64_t a
     for (int v = 0; v < kVecs; ++v) sink(m, v, sum[m][v]);
 }
 
-// All rows of kVecs columns: full tiles, then one tile of the rows left.
-template <int kRows, int kVecs, typename U, typename Sink>
-inline void tile_rows(int64_t M, int64_t K, Left<U> a, Right<U> b, Sink&& sink) {
+// All rows of kVecs columns: full tiles, then one tile of the rows left. before(m, n) precedes the tile of rows
+// [m, m + n).
+template <int kRows, int kVecs, typename U, typename Sink, typename Before>
+inline void tile_rows(int64_t M, int64_t K, Left<U> a, Right<U> b, Sink sink, Before&& before) {
   int64_t m = 0;
-  for (; m + kRows <= M; m += kRows)
+  for (; m + kRows <= M; m += kRows) {
+    before(m, kRows);
     tile<kRows, kVecs>(K, a.p + m * a.row, a.row, a.step, b.p, b.step, b.vec,
-                       [&](int r, int v, Vec<Sum<U>> x) { sink(m + r, v, x); });
+                       [sink, m](int r, int v, Vec<Sum<U>> x) { sink(m + r, v, x); });
+  }
   if constexpr (kRows > 1) {
     constexpr int half = (kRows + 1) / 2;
     if (m < M)
-      tile_rows<half, kVecs>(M - m, K, Left<U>{a.p + m * a.row, a.row, a.step}, b,
-                             [&](int64_t r, int v, Vec<Sum<U>> x) { sink(m + r, v, x); });
+      tile_rows<half, kVecs>(
+          M - m, K, Left<U>{a.p + m * a.row, a.row, a.step}, b,
+          [sink, m](int64_t r, int v, Vec<Sum<U>> x) { sink(m + r, v, x); },
+          [&](int64_t r, int64_t n) { before(m + r, n); });
   }
 }
 
-// C = A B for M rows and `vecs` vectors of columns; sink(row, vector, sum) stores them.
-template <typename U, typename Sink>
-inline void gemm(int64_t M, int64_t vecs, int64_t K, Left<U> a, Right<U> b, Sink&& sink) {
+struct Nothing {
+  void operator()(int64_t, int64_t) const {}
+};
+
+// C = A B for M rows and `vecs` vectors of columns; sink(row, vector, sum) stores them. before(m, n) is called once for
+// all rows, a few at a time between the tiles: loads that it starts go on while the tiles are computed.
+template <typename U, typename Sink, typename Before = Nothing>
+inline void gemm(int64_t M, int64_t vecs, int64_t K, Left<U> a, Right<U> b, Sink sink, Before&& before = {}) {
   // Tiles that fill the register file less the right operand and one broadcast: the multiply units stay busy.
   constexpr int rows1 = kVectorRegisters == 32 ? 16 : 8;
   constexpr int rows2 = kVectorRegisters == 32 ? 12 : 6;
@@ -94,15 +104,18 @@ inline void gemm(int64_t M, int64_t vecs, int64_t K, Left<U> a, Right<U> b, Sink
   int64_t v = 0;
   while (v < vecs) {
     const Right<U> panel{b.p + v * b.vec, b.step, b.vec};
-    const auto shifted = [&](int64_t m, int w, Vec<Sum<U>> x) { sink(m, v + w, x); };
+    const auto shifted = [sink, v](int64_t m, int w, Vec<Sum<U>> x) { sink(m, v + w, x); };
+    const auto first = [&](int64_t m, int64_t n) {
+      if (v == 0) before(m, n);
+    };
     if (vecs - v == 1) {
-      tile_rows<rows1, 1>(M, K, a, panel, shifted);
+      tile_rows<rows1, 1>(M, K, a, panel, shifted, first);
       v += 1;
     } else if ((vecs - v) % 2 == 1) {
-      tile_rows<rows3, 3>(M, K, a, panel, shifted);
+      tile_rows<rows3, 3>(M, K, a, panel, shifted, first);
       v += 3;
     } else {
-      tile_rows<rows2, 2>(M, K, a, panel, shifted);
+      tile_rows<rows2, 2>(M, K, a, panel, shifted, first);
       v += 2;
     }
   }

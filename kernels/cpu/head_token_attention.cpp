@@ -30,21 +30,24 @@ class NoTerm final : public ScoreTerm<T> {
   const T* row_;
 };
 
+struct Pair {
+  int64_t b, h, index;
+};
+
 template <typename E>
-Rows<E> rows(const HeadTokenTensor& t, int64_t b, int64_t h) {
-  return pair_rows<E>(t.p, t.stride, b, h);
+Rows<E> rows(const HeadTokenTensor& t, Pair at) {
+  return pair_rows<E>(t.p, t.stride, at.b, at.h);
 }
 
 // In the order of queries, and of keys.
 template <typename E>
-JoinedRows<E> extra_first(const HeadTokenTensor& tokens, const HeadTokenTensor& extra, int64_t T, int64_t b,
-                          int64_t h) {
-  return {rows<E>(extra, b, h), T, rows<E>(tokens, b, h)};
+JoinedRows<E> extra_first(const HeadTokenTensor& tokens, const HeadTokenTensor& extra, int64_t T, Pair at) {
+  return {rows<E>(extra, at), T, rows<E>(tokens, at)};
 }
 
 template <typename E>
-JoinedRows<E> extra_last(const HeadTokenTensor& tokens, const HeadTokenTensor& extra, int64_t N, int64_t b, int64_t h) {
-  return {rows<E>(tokens, b, h), N, rows<E>(extra, b, h)};
+JoinedRows<E> extra_last(const HeadTokenTensor& tokens, const HeadTokenTensor& extra, int64_t N, Pair at) {
+  return {rows<E>(tokens, at), N, rows<E>(extra, at)};
 }
 
 template <typename E>
@@ -54,20 +57,27 @@ JoinedRows<const E> constant(const JoinedRows<E>& x) {
 
 // What each token attends to by itself: rows of `parts` where there are extra tokens, of `out` behind them.
 template <typename E>
-JoinedRows<E> outputs(const HeadTokenAttentionParams& p, int64_t b, int64_t h) {
-  const Rows<E> out = rows<E>(p.out, b, h);
+JoinedRows<E> outputs(const HeadTokenAttentionParams& p, Pair at) {
+  const Rows<E> out = rows<E>(p.out, at);
   if (p.T == 0) return only(out);
-  return {rows<E>(p.parts, b, h), p.T + 1, out.from(1)};
+  return {rows<E>(p.parts, at), p.T + 1, out.from(1)};
 }
 
 template <typename E>
-AttentionInputs<E> inputs(const HeadTokenAttentionParams& p, int64_t b, int64_t h) {
+AttentionInputs<E> inputs(const HeadTokenAttentionParams& p, Pair at) {
   const HeadTokenInputs& x = p.inputs;
-  return {constant(extra_first<E>(x.q, x.q_extra, p.T, b, h)), constant(extra_last<E>(x.k, x.k_extra, p.N, b, h)),
-          constant(extra_last<E>(x.v, x.v_extra, p.N, b, h))};
+  return {constant(extra_first<E>(x.q, x.q_extra, p.T, at)), constant(extra_last<E>(x.k, x.k_extra, p.N, at)),
+          constant(extra_last<E>(x.v, x.v_extra, p.N, at))};
 }
 
-// Sets up scratch, the core and the term, then runs body(core, term, b, h, pair) on units [begin, end).
+template <typename E>
+AttentionGradInputs<E> grad_inputs(const HeadTokenAttentionGradParams& g, Pair at) {
+  const HeadTokenAttentionParams& p = g.forward;
+  const Rows<const E> grad_out = {rows<E>(g.grad_out, at).p, g.grad_out.stride[2]};
+  return {inputs<E>(p, at), constant(outputs<E>(p, at)), {{grad_out.p, 0}, p.T, grad_out}};
+}
+
+// Sets up scratch, the core and the term, then runs body(core, term, pair, the one after it or itself) on [begin, end).
 template <typename E, typename Body>
 void for_each_pair(const HeadTokenAttentionParams& p, bool backward, int64_t begin, int64_t end, Body&& body) {
   using T = Compute<E>;
@@ -77,16 +87,17 @@ void for_each_pair(const HeadTokenAttentionParams& p, bool backward, int64_t beg
   if (!scratch.reserve(core.scratch_bytes(sizes, backward) + Scratch::padded_bytes<T>(length))) throw std::bad_alloc();
   core.init(sizes, backward, scratch);
   NoTerm<T> term(scratch.take<T>(length), tokens);
-  for (int64_t u = begin; u < end; ++u) body(core, term, u / p.H, u % p.H, u);
+  const auto pair = [&](int64_t u) { return Pair{u / p.H, u % p.H, u}; };
+  for (int64_t u = begin; u < end; ++u) body(core, term, pair(u), pair(smaller(u + 1, end - 1)));
 }
 
 template <typename E>
 void forward(const HeadTokenAttentionParams& p, int64_t begin, int64_t end) {
   const int64_t tokens = p.N + p.T;
-  for_each_pair<E>(p, false, begin, end, [&](auto& core, auto& term, int64_t b, int64_t h, int64_t pair) {
-    core.forward(inputs<E>(p, b, h), AttentionOutputs<E>{outputs<E>(p, b, h), rows<E>(p.out, b, h).p},
-                 static_cast<Compute<E>*>(p.stats) + pair * 2 * tokens, static_cast<uint64_t>(pair) * tokens * tokens,
-                 term);
+  for_each_pair<E>(p, false, begin, end, [&](auto& core, auto& term, Pair at, Pair next) {
+    core.forward(inputs<E>(p, at), inputs<E>(p, next), AttentionOutputs<E>{outputs<E>(p, at), rows<E>(p.out, at).p},
+                 static_cast<Compute<E>*>(p.stats) + at.index * 2 * tokens,
+                 static_cast<uint64_t>(at.index) * tokens * tokens, term);
   });
 }
 
@@ -95,14 +106,12 @@ void backward(const HeadTokenAttentionGradParams& g, int64_t begin, int64_t end)
   const HeadTokenAttentionParams& p = g.forward;
   const HeadTokenInputs& to = g.grads;
   const int64_t tokens = p.N + p.T;
-  for_each_pair<E>(p, true, begin, end, [&](auto& core, auto& term, int64_t b, int64_t h, int64_t pair) {
-    const Rows<const E> grad_out = {rows<E>(g.grad_out, b, h).p, g.grad_out.stride[2]};
-    const AttentionGradInputs<E> x{inputs<E>(p, b, h), constant(outputs<E>(p, b, h)), {{grad_out.p, 0}, p.T, grad_out}};
-    const AttentionGrads<E> grads{extra_first<E>(to.q, to.q_extra, p.T, b, h),
-                                  extra_last<E>(to.k, to.k_extra, p.N, b, h),
-                                  extra_last<E>(to.v, to.v_extra, p.N, b, h)};
-    core.backward(x, static_cast<const Compute<E>*>(p.stats) + pair * 2 * tokens, grads,
-                  static_cast<uint64_t>(pair) * tokens * tokens, term);
+  for_each_pair<E>(p, true, begin, end, [&](auto& core, auto& term, Pair at, Pair next) {
+    const AttentionGrads<E> grads{extra_first<E>(to.q, to.q_extra, p.T, at), extra_last<E>(to.k, to.k_extra, p.N, at),
+                                  extra_last<E>(to.v, to.v_extra, p.N, at)};
+    core.backward(grad_inputs<E>(g, at), grad_inputs<E>(g, next),
+                  static_cast<const Compute<E>*>(p.stats) + at.index * 2 * tokens, grads,
+                  static_cast<uint64_t>(at.index) * tokens * tokens, term);
   });
 }
 

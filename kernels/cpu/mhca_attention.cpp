@@ -13,13 +13,29 @@ namespace {
 
 thread_local Scratch scratch;
 
-template <typename E>
-AttentionInputs<E> inputs(const MhcaAttentionParams& p, int64_t b, int64_t h) {
-  return {only(pair_rows<E>(p.q, p.q_stride, b, h)), only(pair_rows<E>(p.k, p.k_stride, b, h)),
-          only(pair_rows<E>(p.v, p.v_stride, b, h))};
+struct Pair {
+  int64_t b, h, index;
+};
+
+template <typename E, typename P>
+auto rows(P* base, const int64_t (&stride)[3], Pair at) {
+  return only(pair_rows<E>(base, stride, at.b, at.h));
 }
 
-// Sets up scratch, the core and the position term, then runs body(core, term, b, h) on units [begin, end).
+template <typename E>
+AttentionInputs<E> inputs(const MhcaAttentionParams& p, Pair at) {
+  return {rows<E>(p.q, p.q_stride, at), rows<E>(p.k, p.k_stride, at), rows<E>(p.v, p.v_stride, at)};
+}
+
+template <typename E>
+AttentionGradInputs<E> grad_inputs(const MhcaAttentionGradParams& g, Pair at) {
+  const MhcaAttentionParams& p = g.forward;
+  return {inputs<E>(p, at), rows<E>(static_cast<const void*>(p.out), p.out_stride, at),
+          rows<E>(g.grad_out, g.grad_out_stride, at)};
+}
+
+// Sets up scratch, the core and the position term, then runs body(core, term, pair, the one after it or itself) on
+// units [begin, end).
 template <typename E, typename Body>
 void for_each_pair(const MhcaAttentionParams& p, bool backward, int64_t begin, int64_t end, Body&& body) {
   using T = Compute<E>;
@@ -35,40 +51,39 @@ void for_each_pair(const MhcaAttentionParams& p, bool backward, int64_t begin, i
   term.init(geometry, turn, scratch);
   const T* alpha = static_cast<const T*>(p.alpha);
   const T* center = static_cast<const T*>(p.center);
-  for (int64_t u = begin; u < end; ++u) {
+  const auto pair = [&](int64_t u) {
     const int64_t first_head = u / (p.B * turn) * turn;
     const int64_t heads = smaller(turn, p.H - first_head), at = u - first_head * p.B;
     const int64_t b = at / heads, h = first_head + at % heads;
-    term.set_head(h, alpha[h], center[2 * h], center[2 * h + 1]);
-    body(core, term, b, h);
+    return Pair{b, h, b * p.H + h};
+  };
+  for (int64_t u = begin; u < end; ++u) {
+    const Pair at = pair(u);
+    term.set_head(at.h, alpha[at.h], center[2 * at.h], center[2 * at.h + 1]);
+    body(core, term, at, pair(smaller(u + 1, end - 1)));
   }
 }
 
 template <typename E>
 void forward(const MhcaAttentionParams& p, int64_t begin, int64_t end) {
-  for_each_pair<E>(p, false, begin, end, [&](auto& core, auto& term, int64_t b, int64_t h) {
-    const int64_t pair_index = b * p.H + h;
-    core.forward(inputs<E>(p, b, h), AttentionOutputs<E>{only(pair_rows<E>(p.out, p.out_stride, b, h)), nullptr},
-                 static_cast<Compute<E>*>(p.stats) + pair_index * 2 * p.N,
-                 static_cast<uint64_t>(pair_index) * p.N * p.N, term);
+  for_each_pair<E>(p, false, begin, end, [&](auto& core, auto& term, Pair at, Pair next) {
+    core.forward(inputs<E>(p, at), inputs<E>(p, next), AttentionOutputs<E>{rows<E>(p.out, p.out_stride, at), nullptr},
+                 static_cast<Compute<E>*>(p.stats) + at.index * 2 * p.N, static_cast<uint64_t>(at.index) * p.N * p.N,
+                 term);
   });
 }
 
 template <typename E>
 void backward(const MhcaAttentionGradParams& g, int64_t begin, int64_t end) {
   const MhcaAttentionParams& p = g.forward;
-  for_each_pair<E>(p, true, begin, end, [&](auto& core, auto& term, int64_t b, int64_t h) {
-    const int64_t pair_index = b * p.H + h;
-    const AttentionGradInputs<E> x{inputs<E>(p, b, h),
-                                   only(pair_rows<E>(static_cast<const void*>(p.out), p.out_stride, b, h)),
-                                   only(pair_rows<E>(g.grad_out, g.grad_out_stride, b, h))};
-    const AttentionGrads<E> grads{only(pair_rows<E>(g.grad_q, g.grad_q_stride, b, h)),
-                                  only(pair_rows<E>(g.grad_k, g.grad_k_stride, b, h)),
-                                  only(pair_rows<E>(g.grad_v, g.grad_v_stride, b, h))};
+  for_each_pair<E>(p, true, begin, end, [&](auto& core, auto& term, Pair at, Pair next) {
+    const AttentionGrads<E> grads{rows<E>(g.grad_q, g.grad_q_stride, at), rows<E>(g.grad_k, g.grad_k_stride, at),
+                                  rows<E>(g.grad_v, g.grad_v_stride, at)};
     term.clear_gradient();
-    core.backward(x, static_cast<const Compute<E>*>(p.stats) + pair_index * 2 * p.N, grads,
-                  static_cast<uint64_t>(pair_index) * p.N * p.N, term);
-    term.gradient(g.grad_position + pair_index * 3);
+    core.backward(grad_inputs<E>(g, at), grad_inputs<E>(g, next),
+                  static_cast<const Compute<E>*>(p.stats) + at.index * 2 * p.N, grads,
+                  static_cast<uint64_t>(at.index) * p.N * p.N, term);
+    term.gradient(g.grad_position + at.index * 3);
   });
 }
 
