@@ -13,6 +13,7 @@ from fastib.ops._backend import Op, below_autograd, check_device, invalid
 from fastib.reference.generalized_conv import generalized_conv_ref
 
 _NAME, _SHIFT = "generalized_conv", "generalized_conv_shift"
+_FEW = 20480  # elements of an image up to which PyTorch does not give a convolution to oneDNN
 SCHEMAS = {_SHIFT: "(Tensor x, int num_heads, bool inverse) -> Tensor"}
 
 
@@ -48,7 +49,8 @@ def generalized_conv(
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """weight (O, C) times the channels of x (B, C, rows, columns), plus bias (O,), in x's memory format."""
-    if x.device.type == "cpu" and x.dtype != torch.float64 and x.numel() and weight.numel():
+    enough = torch.compiler.is_compiling() or x.numel() > _FEW  # a program compiled or exported holds for any batch
+    if x.device.type == "cpu" and x.dtype != torch.float64 and enough and weight.numel():
         return F.conv2d(x, weight[:, :, None, None], bias)  # oneDNN, which is faster than the BLAS on short channels
     if _backend.channels_last(x):
         return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
