@@ -21,12 +21,15 @@ FASTIB_INLINE int64_t involution_groups(const InvolutionParams& p) {
   return p.G < most ? p.G : most;
 }
 
-// Bands that the rows of one unit's groups are cut into, so that what a band needs of x stays in the second cache.
+// Bands that the rows of one unit's groups are cut into, so that what a band needs of x stays in the second cache, and
+// that a small batch is work for 16 threads.
 FASTIB_INLINE int64_t involution_bands(const InvolutionParams& p) {
   const int64_t halo = (p.K - 1) * p.dilation, groups = involution_groups(p);
-  const int64_t row_bytes = 4 * groups * (p.C / p.G) * (p.Wi + halo);
-  const int64_t wanted = (p.channels_last ? 240 : 160) * 1024 / row_bytes - halo, least = halo > 4 ? halo : 4;
-  const int64_t rows = (wanted > least ? wanted : least) / p.stride + 1;
+  const int64_t row_bytes = 4 * groups * (p.C / p.G) * (p.Wi + halo), parts = (p.G + groups - 1) / groups;
+  const int64_t held = ((p.channels_last ? 240 : 160) * 1024 / row_bytes - halo) / p.stride,
+                share = p.B * parts * p.Ho / 16;
+  const int64_t wanted = held < share ? held : share, least = (halo > 4 ? halo : 4) / p.stride;
+  const int64_t rows = (wanted > least ? wanted : least) + 1;
   return (p.Ho + rows - 1) / rows;
 }
 
