@@ -4,76 +4,77 @@
 // meets it.
 #pragma once
 
+#include "gemm_tile.h"
 #include "part_lanes.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 
 // Where the operands and results of one vector of pixels lie, for R rows and K x K taps; steps in elements.
-template <typename T, typename E>
+template <typename U, typename E>
 struct DotWindow {
-  int64_t K, channels, lanes;  // lanes: pixels that exist
-  const T *x, *g;
+  int64_t K, planes, lanes;  // planes: of kSteps<U> channels each; lanes: pixels that exist
+  const U *x, *g;
   const int64_t* x_column;  // (K,) offset of each column of taps in x
-  int64_t x_channel, x_row, g_channel, g_row;
+  int64_t x_plane, x_row, g_plane, g_row;
   E* out;
   int64_t out_u, out_v, out_row;
 };
 
-// U x R sums of one column of taps. While it adds up, it asks for the memory at `ahead` that a later tile will write.
-template <typename T, typename E, int U, int S, int R>
-inline __attribute__((always_inline)) void dot_tile(const DotWindow<T, E>& at, const T* x, E* out, const E* ahead) {
-  const T* g = at.g;
-  Vec<T> sum[U][R] = {};
-  for (int64_t c = 0; c < at.channels; ++c, x += at.x_channel, g += at.g_channel) {
-    if (c < U)
+// N x R sums of one column of taps. While it adds up, it asks for the memory at `ahead` that a later tile will write.
+template <typename U, typename E, int N, int S, int R>
+inline __attribute__((always_inline)) void dot_tile(const DotWindow<U, E>& at, const U* x, E* out, const E* ahead) {
+  const U* g = at.g;
+  Vec<Sum<U>> sum[N][R] = {};
+  for (int64_t c = 0; c < at.planes; ++c, x += at.x_plane, g += at.g_plane) {
+    if (c < N)
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + c * at.out_u + r * at.out_row, 1);
-    Vec<T> grad[R];
+    Vec<U> grad[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) grad[r] = in_register(load(g + r * at.g_row));
 #pragma GCC unroll 32
-    for (int row = 0; row < (R - 1) * S + U; ++row) {
-      const Vec<T> value = in_register(load(x + row * at.x_row));
+    for (int row = 0; row < (R - 1) * S + N; ++row) {
+      const Vec<U> value = in_register(load(x + row * at.x_row));
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const int u = row - r * S;
-        if (u >= 0 && u < U) sum[u][r] += grad[r] * value;
+        if (u >= 0 && u < N) sum[u][r] = multiply_add(sum[u][r], grad[r], value);
       }
     }
   }
 #pragma GCC unroll 16
-  for (int u = 0; u < U; ++u)
+  for (int u = 0; u < N; ++u)
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) store_part(out + u * at.out_u + r * at.out_row, sum[u][r], at.lanes);
 }
 
-template <typename T, typename E, int U, int S, int R>
-void dot_columns(const DotWindow<T, E>& window, int64_t u) {
-  const DotWindow<T, E> at = window;  // in registers, out of reach of the stores
-  const T* x = at.x + u * at.x_row;
+template <typename U, typename E, int N, int S, int R>
+void dot_columns(const DotWindow<U, E>& window, int64_t u) {
+  const DotWindow<U, E> at = window;  // in registers, out of reach of the stores
+  const U* x = at.x + u * at.x_row;
   E* out = at.out + u * at.out_u;
   for (int64_t v = 0; v < at.K; ++v) {
     const int64_t later = v + 2 < at.K ? v + 2 : v;
-    dot_tile<T, E, U, S, R>(at, x + at.x_column[v], out + v * at.out_v, out + later * at.out_v + at.lanes - 1);
+    dot_tile<U, E, N, S, R>(at, x + at.x_column[v], out + v * at.out_v, out + later * at.out_v + at.lanes - 1);
   }
 }
 
 // All taps, in as few tiles as the registers allow.
-template <typename T, typename E, int S, int R>
-void dot_window(const DotWindow<T, E>& at) {
+template <typename U, typename E, int S, int R>
+void dot_window(const DotWindow<U, E>& at) {
   constexpr bool wide = kVectorRegisters == 32;
   for (int64_t u = 0; u < at.K;) {
     const int64_t left = at.K - u;
     if (wide && left >= 7 && left != 9)
-      dot_columns<T, E, 7, S, R>(at, u), u += 7;
+      dot_columns<U, E, 7, S, R>(at, u), u += 7;
     else if (wide && left >= 5)
-      dot_columns<T, E, 5, S, R>(at, u), u += 5;
+      dot_columns<U, E, 5, S, R>(at, u), u += 5;
     else if (left >= 4)
-      dot_columns<T, E, 4, S, R>(at, u), u += 4;
+      dot_columns<U, E, 4, S, R>(at, u), u += 4;
     else if (left == 3)
-      dot_columns<T, E, 3, S, R>(at, u), u += 3;
+      dot_columns<U, E, 3, S, R>(at, u), u += 3;
     else
-      dot_columns<T, E, 1, S, R>(at, u), u += 1;
+      dot_columns<U, E, 1, S, R>(at, u), u += 1;
   }
 }
 

@@ -10,15 +10,16 @@ namespace fastib::FASTIB_ISA_NAMESPACE {
 template <typename E>
 class InvolutionGradWeight {
  public:
-  explicit InvolutionGradWeight(const InvolutionGradParams& g) : g(g), p(g.forward), group(p.C / p.G) {
+  explicit InvolutionGradWeight(const InvolutionGradParams& g)
+      : g(g), p(g.forward), group(p.C / p.G), planes(summed<U>(group)) {
     const int64_t s = p.stride, d = p.dilation, halo = (p.K - 1) * d;
     pad = p.K / 2 * d;
     rows = most_rows(p, p.Ho);
     const int64_t width = divide_up(p.Wo, W) * W;
     x = {nullptr, 0, s, divide_up(width + halo / s + 2, W) * W, 0, (rows - 1) * s + halo + 1, -pad};
     grad = {nullptr, 0, 1, width, 0, rows, 0};
-    x.channel_step = spread(x.rows * x.row_step());
-    grad.channel_step = spread(grad.rows * grad.row_step());
+    x.plane_step = spread(x.rows * x.row_step());
+    grad.plane_step = spread(grad.rows * grad.row_step());
     // Pixels of a tile that lie `apart` rows from each other read rows of x that are `between` apart, as taps do, or 2
     // of it.
     const int64_t shared = common_divisor(s, d);
@@ -32,9 +33,9 @@ class InvolutionGradWeight {
   }
 
   void lay_out(Layout& memory) {
-    const int64_t channels = involution_groups(p) * group;
-    memory.take(x.dst, channels * x.channel_step + W);
-    memory.take(grad.dst, channels * grad.channel_step + W);
+    const int64_t all = involution_groups(p) * planes;
+    memory.take(x.dst, all * x.plane_step + W);
+    memory.take(grad.dst, all * grad.plane_step + W);
     memory.take(x_column, p.K);
     if (x_column)
       for (int64_t v = 0, q = 0; v < p.K; ++v, q += p.dilation) x_column[v] = q % p.stride * x.width + q / p.stride;
@@ -49,9 +50,9 @@ class InvolutionGradWeight {
     x.first_row = at.begin * p.stride - pad;
     x.rows = (at.end - at.begin - 1) * p.stride + (p.K - 1) * p.dilation + 1;
     grad.first_row = at.begin, grad.rows = at.end - at.begin;
-    x.pack(image(static_cast<const E*>(p.x), p.x_stride, at.b, at.g * group, p.Hi, p.Wi), at.groups * group);
-    grad.pack(image(static_cast<const E*>(g.grad_out), g.grad_out_stride, at.b, at.g * group, p.Ho, p.Wo),
-              at.groups * group);
+    x.pack(image(static_cast<const E*>(p.x), p.x_stride, at.b, at.g * group, p.Hi, p.Wi), at.groups, group);
+    grad.pack(image(static_cast<const E*>(g.grad_out), g.grad_out_stride, at.b, at.g * group, p.Ho, p.Wo), at.groups,
+              group);
     const Weights<E> all = weights(static_cast<E*>(g.grad_weight), g.grad_weight_stride, at.b, at.g);
     to = all;
     if (streamed() && !p.channels_last) {
@@ -71,6 +72,7 @@ class InvolutionGradWeight {
 
  private:
   using T = Compute<E>;
+  using U = Operand<E>;
   static constexpr int64_t W = kLanes<T>;
 
   // A step between planes that spreads them over the sets of a cache: an odd number of vectors.
@@ -133,25 +135,25 @@ class InvolutionGradWeight {
 
   template <int R, typename Out>
   void window(int64_t k, int64_t i, int64_t j, Out* sums, int64_t lanes, int64_t u, int64_t v, int64_t row) const {
-    const DotWindow<T, Out> dots{
+    const DotWindow<U, Out> dots{
         p.K,
-        group,
+        planes,
         lanes,
-        x.dst + k * group * x.channel_step + (i * p.stride - pad - x.first_row) * x.row_step() + j,
-        grad.dst + k * group * grad.channel_step + (i - grad.first_row) * grad.row_step() + j,
+        x.dst + k * planes * x.plane_step + (i * p.stride - pad - x.first_row) * x.row_step() + j,
+        grad.dst + k * planes * grad.plane_step + (i - grad.first_row) * grad.row_step() + j,
         x_column,
-        x.channel_step,
+        x.plane_step,
         between * x.row_step(),
-        grad.channel_step,
+        grad.plane_step,
         apart * grad.row_step(),
         sums,
         u,
         v,
         row};
     if (pattern == 2)
-      dot_window<T, Out, 2, R>(dots);
+      dot_window<U, Out, 2, R>(dots);
     else
-      dot_window<T, Out, 1, R>(dots);
+      dot_window<U, Out, 1, R>(dots);
   }
 
   int64_t taps() const { return divide_up(p.K * p.K, W) * W; }  // of one pixel, in whole vectors
@@ -173,8 +175,8 @@ class InvolutionGradWeight {
 
   const InvolutionGradParams& g;
   const InvolutionParams& p;
-  int64_t group, pad, rows, apart, between, pattern;
-  ChannelPlanes<T> x, grad;
+  int64_t group, planes, pad, rows, apart, between, pattern;
+  ChannelPlanes<U> x, grad;
   Weights<E> to{};
   Band at{}, next{};
   int64_t* x_column = nullptr;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "involution_unit.h"
+#include "operand.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 
@@ -44,46 +45,81 @@ inline void unpack_row(const Image<E>& y, int64_t i, const Compute<E>* row, int6
   }
 }
 
-// Planes of an image's channels: dst (channels, rows, phases, width). Column q from `first_column` on lies in phase
-// q % phases at q / phases, so that columns a stride apart are neighbours. What lies around the image is zero already,
-// except for the rows outside of it.
-template <typename T>
+// n columns of a plane's channels, `step` apart, and a column's n channels, in planes; zero beyond.
+template <typename U, typename E>
+inline Vec<U> load_columns(const E* p, int64_t n, int64_t, int64_t) {
+  return load_part(p, n);
+}
+
+template <typename U, typename E>
+inline Vec<U> load_channels(const E* p, int64_t n) {
+  return load_part(p, n);
+}
+
+#if defined(__AVX512BF16__)
+template <>
+inline Vec<BFloat16Pair> load_columns<BFloat16Pair>(const bfloat16* p, int64_t n, int64_t channels, int64_t step) {
+  const WideWords second = channels > 1 ? (WideWords)load_part(p + step, n) : WideWords{};
+  return (WideWords)load_part(p, n) >> 16 | second;
+}
+
+template <>
+inline Vec<BFloat16Pair> load_channels<BFloat16Pair>(const bfloat16* p, int64_t n) {
+  return (Vec<BFloat16Pair>)load_words(p, n);
+}
+#endif
+
+// An image's channels as planes of kSteps<U> channels each: dst (planes, rows, phases, width). Column q from
+// `first_column` on lies in phase q % phases at q / phases, so that columns a stride apart are neighbours. What lies
+// around the image is zero already, except for the rows outside of it.
+template <typename U>
 struct ChannelPlanes {
-  static constexpr int W = kLanes<T>;
-  T* dst;
-  int64_t channel_step, phases, width, first_row, rows, first_column;
+  static constexpr int W = kLanes<U>;
+  U* dst;
+  int64_t plane_step, phases, width, first_row, rows, first_column;
 
   int64_t row_step() const { return phases * width; }
 
+  // No plane holds channels of two groups.
+  template <typename E>
+  void pack(const Image<const E>& x, int64_t groups, int64_t group) const {
+    if (group % kSteps<U> == 0) return pack(x, groups * group);
+    ChannelPlanes to = *this;
+    Image<const E> from = x;
+    for (int64_t g = 0; g < groups; ++g, to.dst += summed<U>(group) * plane_step, from.p += group * x.channel)
+      to.pack(from, group);
+  }
+
+ private:
   template <typename E>
   void pack(const Image<const E>& x, int64_t channels) const {
+    const int64_t planes = summed<U>(channels);
     for (int64_t i = first_row; i < first_row + rows; ++i) {
-      T* row = dst + (i - first_row) * row_step();
+      U* row = dst + (i - first_row) * row_step();
       if (i < 0 || i >= x.rows) {
-        for (int64_t c = 0; c < channels; ++c) std::memset(row + c * channel_step, 0, row_step() * sizeof(T));
+        for (int64_t c = 0; c < planes; ++c) std::memset(row + c * plane_step, 0, row_step() * sizeof(U));
       } else if (x.channels_dense()) {
         pack_pixels(x, i, row, channels);
       }
     }
     if (x.channels_dense()) return;
-    for (int64_t c = 0; c < channels; ++c) pack_plane(x, c);
+    for (int64_t c = 0; c < planes; ++c) pack_plane(x, c, channels - c * kSteps<U>);
   }
 
- private:
   template <typename E>
-  void pack_plane(const Image<const E>& x, int64_t c) const {
+  void pack_plane(const Image<const E>& x, int64_t c, int64_t channels) const {
     const ChannelPlanes self = *this;  // in registers, out of reach of the stores
     const int64_t begin = first_row > 0 ? first_row : 0, end = smaller(first_row + rows, x.rows), n = x.columns;
-    T* row = dst + c * channel_step + (begin - first_row) * row_step();
+    U* row = dst + c * plane_step + (begin - first_row) * row_step();
     for (int64_t i = begin; i < end; ++i, row += self.row_step()) {
-      const E* from = x.at(c, i, 0);
+      const E* from = x.at(c * kSteps<U>, i, 0);
       for (int64_t j = 0; j < n; j += W) {
-        const Vec<T> values = load_part(from + j, n - j);
+        const Vec<U> values = load_columns<U>(from + j, n - j, channels, x.channel);
         if (self.phases == 1) {
           store(row + j - self.first_column, values);
           continue;
         }
-        T part[W];
+        U part[W];
         store(part, values);
         for (int64_t l = 0; l < W && j + l < n; ++l) *self.place(row, j + l) = part[l];
       }
@@ -91,22 +127,25 @@ struct ChannelPlanes {
   }
 
   template <typename E>
-  void pack_pixels(const Image<const E>& x, int64_t i, T* row, int64_t channels) const {
+  void pack_pixels(const Image<const E>& x, int64_t i, U* row, int64_t channels) const {
+    using T = Compute<E>;
+    constexpr int64_t N = W * kSteps<U>;
     for (int64_t phase = 0; phase < phases && phase < x.columns; ++phase)
       for (int64_t j = phase; j < x.columns; j += W * phases)
-        for (int64_t c = 0; c < channels; c += W) {
+        for (int64_t c = 0; c < channels; c += N) {
           Vec<T> square[W];
           for (int l = 0; l < W; ++l) {
             const int64_t column = j + l * phases;
-            square[l] = column < x.columns ? load_part(x.at(c, i, column), channels - c) : Vec<T>{};
+            square[l] = column < x.columns ? (Vec<T>)load_channels<U>(x.at(c, i, column), channels - c) : Vec<T>{};
           }
           transpose<T>(square);
-          T* to = place(row, j) + c * channel_step;
-          for (int k = 0; k < W && c + k < channels; ++k) store(to + k * channel_step, square[k]);
+          U* to = place(row, j) + c / kSteps<U> * plane_step;
+          const int64_t planes = summed<U>(channels - c);
+          for (int k = 0; k < W && k < planes; ++k) store(to + k * plane_step, (Vec<U>)square[k]);
         }
   }
 
-  T* place(T* row, int64_t j) const {
+  U* place(U* row, int64_t j) const {
     const int64_t q = j - first_column;
     return row + q % phases * width + q / phases;
   }
