@@ -101,7 +101,8 @@ struct Upcoming {
 // From row t of the weights of band `at` to the row that is read about 32 KiB later, there or in the `next` band.
 template <typename E>
 int64_t weights_ahead(const InvolutionParams& p, const Band& at, const Band& next, int64_t t) {
-  const int64_t bytes = at.groups * p.K * p.K * p.Wo * sizeof(E), rows = (32 << 10) / bytes + 1;
+  const int64_t bytes = at.groups * p.K * p.K * p.Wo * sizeof(E);
+  const int64_t rows = smaller((32 << 10) / bytes + 1, at.end - at.begin);  // no row of the next band is left out
   if (t + rows < at.end) return rows * p.weight_stride[4];
   const int64_t row = smaller(next.begin + t + rows - at.end, next.end - 1);
   return (next.b - at.b) * p.weight_stride[0] + (next.g - at.g) * p.weight_stride[1] + (row - t) * p.weight_stride[4];
