@@ -117,15 +117,16 @@ class InvolutionGradWeight {
   template <int R>
   void dense_taps(int64_t i, int64_t j, int64_t n) {
     const bool stream = streamed();
-    const int64_t all = p.K * p.K, pixel = stream ? p.G * all : to.column, row = stream ? W * pixel : apart * to.row;
+    const int64_t all = p.K * p.K, line = 64 / sizeof(E), pixel = stream ? p.G * all : to.column,
+                  row = stream ? W * pixel : apart * to.row;
     E* const first = stream ? rows_out : to.at(0, 0, i, j);
     for (int64_t k = 0; k < at.groups; ++k) {
       E* const taps_out = first + k * (stream ? all : g.grad_weight_stride[1]);
       if (!stream)
         for (int r = 0; r < R; ++r)  // what flush will write, in the second cache
           for (int64_t l = 0; l < n; ++l)
-            for (int64_t tap = 0; tap < all; tap += 64 / sizeof(E))
-              __builtin_prefetch(taps_out + r * row + l * pixel + tap, 1, 2);
+            for (int64_t tap = 0; tap < all - 1 + line; tap += line)
+              __builtin_prefetch(taps_out + r * row + l * pixel + smaller(tap, all - 1), 1, 2);
       window<R>(k, i, j, out, W, p.K * W, W, taps() * W);
       for (int r = 0; r < R; ++r) flush(out + r * taps() * W, n, taps_out + r * row, pixel);
     }
