@@ -46,10 +46,11 @@ struct Stage {
     constexpr int W = kLanes<T>;
     T* const dst = row.staged;
     if constexpr (kTapsDense) {
-      const int64_t first = row.u_begin * side(), last = row.u_end * side();
+      const int64_t first = row.u_begin * side(), last = row.u_end * side(), line = 64 / sizeof(E);
       const E* from = row.w.at(0, 0, 0, j);
       for (int64_t p = 0; p < n; ++p, from += row.w.column) {
-        for (int64_t k = first; k < last; k += 64 / sizeof(E)) __builtin_prefetch(from + row.ahead + k, 0, 2);
+        for (int64_t k = first; k < last - 1 + line; k += line)
+          __builtin_prefetch(from + row.ahead + smaller(k, last - 1), 0, 2);
         for (int64_t k = first; k < last; k += W) store(dst + p * pixel() + k, load_part(from + k, last - k));
       }
       for (int64_t p = n; p < pixels; ++p)
