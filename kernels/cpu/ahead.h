@@ -7,20 +7,22 @@
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 
-// Two tensors of rows of D elements each, or nothing.
+// One or two tensors of rows of D elements each, or nothing.
 class Ahead {
  public:
   Ahead() = default;
+  template <typename A>
+  Ahead(JoinedRows<A> a, int64_t D) : a_(bytes(a)), length_(D * sizeof(A)) {}
   template <typename A, typename B>
   Ahead(JoinedRows<A> a, JoinedRows<B> b, int64_t D) : a_(bytes(a)), b_(bytes(b)), length_(D * sizeof(A)) {
     static_assert(sizeof(A) == sizeof(B));
   }
 
-  // Rows [m, m + n) of both, to lie in the second cache.
+  // Rows [m, m + n) of each, to lie in the second cache.
   void operator()(int64_t m, int64_t n) const {
     if (length_ == 0) return;
     prefetch(a_, m, n);
-    prefetch(b_, m, n);
+    if (b_.rest.p) prefetch(b_, m, n);
   }
 
  private:

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <new>
 
+#include "ahead.h"
 #include "operand.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
@@ -139,7 +140,7 @@ class Links {
     for (int64_t c0 = 0; c0 < p.C; c0 += kChannels) {
       const int64_t channels = smaller(kChannels, p.C - c0);
       const Range range = linked(c0, channels);
-      augment(c0, channels, range);
+      augment(c0, channels, range, Ahead(only(teachers(b).from(c0)), p.S));
       for (int64_t c = 0; c < channels; ++c) compare(b, c0 + c, block + c * positions);
       if (p.gradients) add_gradients(c0, channels, range);
     }
@@ -149,23 +150,28 @@ class Links {
     }
   }
 
+  Rows<const E> teachers(int64_t b) const {
+    return {static_cast<const E*>(p.target) + b * p.target_stride[0], p.target_stride[1]};
+  }
+
   // block (channels, positions) = weight attn + bias, 0 behind the last position.
-  void augment(int64_t c0, int64_t channels, Range range) {
+  void augment(int64_t c0, int64_t channels, Range range, const Ahead& ahead) {
     const T* bias = static_cast<const T*>(p.bias) + c0;
-    gemm<U>(channels, positions / W, summed<U>(range.last - range.first),
-            Left<U>{weight + c0 * left_width + range.first / kSteps<U>, left_width, 1},
-            Right<U>{attn + range.first / kSteps<U> * positions, positions, W},
-            [bias, to = block, stride = positions](int64_t m, int64_t v, Vec<T> x) {
-              store(to + m * stride + v * W, x + bias[m]);
-            });
+    gemm<U>(
+        channels, positions / W, summed<U>(range.last - range.first),
+        Left<U>{weight + c0 * left_width + range.first / kSteps<U>, left_width, 1},
+        Right<U>{attn + range.first / kSteps<U> * positions, positions, W},
+        [bias, to = block, stride = positions](int64_t m, int64_t v, Vec<T> x) {
+          store(to + m * stride + v * W, x + bias[m]);
+        },
+        ahead);
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t s = p.S; s < positions; ++s) block[c * positions + s] = 0;
   }
 
   // One channel's loss; its map a becomes the gradient to it.
   void compare(int64_t b, int64_t c, T* a) {
-    const E* t = static_cast<const E*>(p.target) + b * p.target_stride[0] + c * p.target_stride[1];
-    pack_rows(target, positions, Rows<const E>{t, 0}, 1, p.S);
+    pack_rows(target, positions, teachers(b).from(c), 1, p.S);
     const T eps = static_cast<T>(p.eps), a_norm = norm(a, positions), t_norm = norm(target, positions);
     const T a_factor = 1 / (a_norm > eps ? a_norm : a_norm != a_norm ? a_norm : eps);
     const T t_factor = 1 / (t_norm > eps ? t_norm : t_norm != t_norm ? t_norm : eps);
