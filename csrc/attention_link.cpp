@@ -45,10 +45,12 @@ struct Call {
     params.eps = eps;
     loss = new_empty(attn, {params.B, params.C}, sums);
     params.loss = loss.mutable_data_ptr();
-    // As many as keep the parts of grad_weight below a sixteenth of the target.
+    // As many as keep the parts of grad_weight below a sixteenth of the target, and a power of two: work for any number
+    // of threads that is one, in equal shares.
     const int64_t room =
         params.B * params.S * static_cast<int64_t>(attn.element_size()) / (64 * std::max<int64_t>(params.M, 1));
-    params.chunks = std::max<int64_t>(1, std::min(params.B, room));
+    params.chunks = 1;
+    while (2 * params.chunks <= std::min(params.B, room)) params.chunks *= 2;
   }
 
   bool empty() const { return params.B == 0 || params.C == 0 || params.S == 0; }
@@ -83,6 +85,7 @@ struct Call {
 Tensor forward(Tensor attn, Tensor weight, Tensor bias, Tensor target, std::optional<Tensor> mask, double eps) {
   Call call(attn, weight, bias, target, mask, eps);
   if (call.empty()) return torch::stable::zero_(call.loss);
+  call.params.chunks = call.params.B;  // there are no parts
   call.run();
   return call.loss;
 }
