@@ -58,10 +58,9 @@ class DAFF(nn.Module):
         """
         grid = patch_grid("DAFF", self.grid_size, x.shape[1], 1)
         cls, patches = x.split((1, x.shape[1] - 1), dim=1)
-        hidden = F.linear(patches, self.conv1.weight.flatten(1), self.conv1.bias)
+        hidden = _on_grid(self.conv1, patches, grid)
         mixed = self._fused(hidden, grid) if self._can_fuse(hidden) else self._layers(hidden, grid)
-        y = F.linear(mixed, self.conv3.weight.flatten(1), self.conv3.bias)
-        y = _on_grid(self.norm3, y, grid)
+        y = _on_grid(lambda maps: self.norm3(self.conv3(maps)), mixed, grid)
         weight = self.expand(F.gelu(self.reduce(y.mean(dim=1))))
         return torch.cat((cls * weight.unsqueeze(1), y), dim=1)
 
