@@ -45,8 +45,8 @@ struct Call {
     params.eps = eps;
     loss = new_empty(attn, {params.B, params.C}, sums);
     params.loss = loss.mutable_data_ptr();
-    // As many as keep the parts of grad_weight below a sixteenth of the target, and a power of two: work for any number
-    // of threads that is one, in equal shares.
+    // As many as keep the parts of grad_weight below a sixteenth of the target, and a power of two, which 2, 4 or 8
+    // threads share equally.
     const int64_t room =
         params.B * params.S * static_cast<int64_t>(attn.element_size()) / (64 * std::max<int64_t>(params.M, 1));
     params.chunks = 1;

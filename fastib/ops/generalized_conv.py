@@ -13,7 +13,7 @@ from fastib.ops._backend import Op, below_autograd, check_device, invalid
 from fastib.reference.generalized_conv import generalized_conv_ref
 
 _NAME, _SHIFT = "generalized_conv", "generalized_conv_shift"
-_FEW = 20480  # elements of an image up to which PyTorch does not give a convolution to oneDNN
+_FEW = 20480  # elements up to which PyTorch, with one thread, gives no convolution to oneDNN
 SCHEMAS = {_SHIFT: "(Tensor x, int num_heads, bool inverse) -> Tensor"}
 
 

@@ -61,7 +61,6 @@ void AttentionCore<U>::forward(const AttentionInputs<E>& x, const AttentionInput
                                const ScoreTerm<T>& term) {
   pack_columns(k_columns_, x.k, s_.N, s_.D);
   pack_right(v_, width_, x.v, s_.N, s_.D);
-  const auto ahead = [D = s_.D](int64_t block, auto a, auto b) { return block == 0 ? Ahead(a, b, D) : Ahead(); };
   for (int64_t i0 = 0; i0 < s_.N; i0 += kQueryBlock) {
     const int64_t rows = smaller(kQueryBlock, s_.N - i0);
     pack_left(q_, left_width_, x.q.from(i0), rows, s_.D);
@@ -73,12 +72,12 @@ void AttentionCore<U>::forward(const AttentionInputs<E>& x, const AttentionInput
       const int64_t n = smaller(block_, keys_ - j0);
       score_block(
           i0, rows, j0, n, term, [](T* p, int64_t, Vec<T> x) { store(p, x); },
-          ahead(j0, next.q.from(i0), out.rows.from(i0)));
+          once(j0, next.q.from(i0), out.rows.from(i0)));
       softmax_block(rows, n, j0 > 0);
       if (s_.dropout > 0)
         for (int64_t r = 0; r < rows; ++r) drop(scores_ + r * row_stride_, n, first_element + mask_row(i0 + r) + j0);
       weighted_rows(out_, reinterpret_cast<const U*>(scores_), v_, rows, j0, n, j0 > 0,
-                    ahead(j0, next.k.from(i0), next.v.from(i0)));
+                    once(j0, next.k.from(i0), next.v.from(i0)));
     }
     for (int64_t r = 0; r < rows; ++r) {
       write_row(out, i0 + r, out_ + r * width_, kept_scale_ / row_sum_[r]);
@@ -98,7 +97,6 @@ void AttentionCore<U>::backward(const AttentionGradInputs<E>& x, const Attention
   for (int64_t i = 0; i < s_.N * width_; ++i) grad_k_[i] = grad_v_[i] = 0;
   // An extra row's probabilities, divided by the number of rows, carry the mean into all gradients.
   const T extra_share = std::log2(static_cast<T>(s_.extra));
-  const auto ahead = [D = s_.D](int64_t block, auto a, auto b) { return block == 0 ? Ahead(a, b, D) : Ahead(); };
   for (int64_t i0 = 0; i0 < s_.N; i0 += kQueryBlock) {
     const int64_t rows = smaller(kQueryBlock, s_.N - i0);
     pack_left(q_, left_width_, x.forward.q.from(i0), rows, s_.D);
@@ -119,8 +117,8 @@ void AttentionCore<U>::backward(const AttentionGradInputs<E>& x, const Attention
           [top = row_max_, log_sum = row_sum_](T* p, int64_t r, Vec<T> x) {
             store(p, exp2_vec(x - top[r] - log_sum[r]));
           },
-          ahead(j0, next.forward.q.from(i0), grad.q.from(i0)));
-      score_gradient_block(rows, j0, n, ahead(j0, next.forward.k.from(i0), grad.k.from(i0)));
+          once(j0, next.forward.q.from(i0), grad.q.from(i0)));
+      score_gradient_block(rows, j0, n, once(j0, next.forward.k.from(i0), grad.k.from(i0)));
       for (int64_t r = 0; r < rows; ++r) {
         T* ds = grad_scores_ + r * row_stride_;
         if (s_.dropout > 0) drop_gradient(scores_ + r * row_stride_, ds, r, n, first_element + mask_row(i0 + r) + j0);
@@ -128,10 +126,10 @@ void AttentionCore<U>::backward(const AttentionGradInputs<E>& x, const Attention
         if (kPaired && (r % 2 == 1 || r + 1 == rows)) pair_rows(r & ~int64_t{1}, rows, n);
       }
       weighted_columns(grad_v_, scores_, grad_out_right_, rows, j0, n,
-                       ahead(i0, next.forward.v.from(j0), grad.v.from(j0)));
+                       once(i0, next.forward.v.from(j0), grad.v.from(j0)));
       weighted_columns(grad_k_, grad_scores_, q_right_, rows, j0, n, Ahead());
       weighted_rows(out_, grad_scores_left_, k_, rows, j0, n, j0 > 0,
-                    ahead(j0, next.out.from(i0), next.grad_out.from(i0)));
+                    once(j0, next.out.from(i0), next.grad_out.from(i0)));
     }
     unpack_rows(grad.q.from(i0), out_, width_, rows, s_.D, static_cast<T>(s_.scale));
   }

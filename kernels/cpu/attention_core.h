@@ -55,6 +55,11 @@ class ScoreTerm {
   ~ScoreTerm() = default;
 };
 
+// A pair, and its place among all.
+struct Pair {
+  int64_t b, h, index;
+};
+
 // (N, D) of pair (b, h) of a (B, H, N, D) tensor.
 template <typename E>
 Rows<const E> pair_rows(const void* base, const int64_t (&stride)[3], int64_t b, int64_t h) {
@@ -113,6 +118,11 @@ class AttentionCore {
   static int64_t key_block(int64_t keys);
   static int64_t row_stride(int64_t keys) { return key_block(keys) + 2 * kLanes<T>; }
   uint64_t mask_row(int64_t i) const { return (i < s_.extra ? s_.N - s_.extra + i : i - s_.extra) * s_.N; }
+  // What a product asks for while it runs, with the first of several blocks alone.
+  template <typename A, typename B>
+  Ahead once(int64_t block, JoinedRows<A> a, JoinedRows<B> b) const {
+    return block == 0 ? Ahead(a, b, s_.D) : Ahead();
+  }
   template <typename E>
   void write_row(const AttentionOutputs<E>& out, int64_t i, T* row, T factor);
 

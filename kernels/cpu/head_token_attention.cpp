@@ -30,10 +30,6 @@ class NoTerm final : public ScoreTerm<T> {
   const T* row_;
 };
 
-struct Pair {
-  int64_t b, h, index;
-};
-
 template <typename E>
 Rows<E> rows(const HeadTokenTensor& t, Pair at) {
   return pair_rows<E>(t.p, t.stride, at.b, at.h);

@@ -13,10 +13,6 @@ namespace {
 
 thread_local Scratch scratch;
 
-struct Pair {
-  int64_t b, h, index;
-};
-
 template <typename E, typename P>
 auto rows(P* base, const int64_t (&stride)[3], Pair at) {
   return only(pair_rows<E>(base, stride, at.b, at.h));
