@@ -58,29 +58,53 @@ void unpack_query(E* row, const T* src, int64_t D) {
   for (; d < D; ++d) store_float(row + d, src[d]);
 }
 
-// Dot products of a packed query with the first n of lanes-many rows of k, a row in each lane; the other lanes repeat
-// the last one. The rows `ahead` bytes on are prefetched.
-template <typename E, typename T>
-Vec<T> dots(const T* q, Rows<const E> k, int64_t n, int64_t D, int64_t ahead) {
-  constexpr int W = kLanes<T>;
-  Vec<T> sums[W];
-  for (int l = 0; l < W; ++l) {
-    const E* row = k.row(smaller(l, n - 1));
-    prefetch(row, ahead, D * sizeof(E));
-    Vec<T> sum{}, other{};
-    int64_t d = 0;
-    for (; d + 2 * W <= D; d += 2 * W) {
-      Vec<T> a, b;
-      load_two(row + d, a, b);
-      sum += load(q + d) * a;
-      other += load(q + d + W) * b;
-    }
-    for (; d + W <= D; d += W) sum += load(q + d) * load_row(row + d);
-    T rest = 0;
-    for (; d < D; ++d) rest += q[d] * load_float(row + d);
-    sum[0] += rest;
-    sums[l] = sum + other;
+// Where the row of each lane begins, in elements from the first; lanes from n on repeat the last one.
+template <typename T>
+struct LaneRows {
+  int64_t at[kLanes<T>];
+  LaneRows(int64_t stride, int64_t n) {
+    for (int l = 0; l < kLanes<T>; ++l) at[l] = smaller(l, n - 1) * stride;
   }
+};
+
+// Adds to sums[l] the products of kVecs vectors of columns of lane l's row, and prefetches those `ahead` bytes on.
+template <int kVecs, typename E, typename T>
+inline __attribute__((always_inline)) void dot_columns(const T* q, const E* k, const LaneRows<T>& rows, int64_t ahead,
+                                                       Vec<T> (&sums)[kLanes<T>]) {
+  constexpr int W = kLanes<T>;
+  Vec<T> query[kVecs];
+  for (int v = 0; v < kVecs; ++v) query[v] = load(q + v * W);
+#pragma GCC unroll 16
+  for (int l = 0; l < W; ++l) {
+    const E* row = k + rows.at[l];
+    prefetch(row, ahead, kVecs * W * sizeof(E));
+    if constexpr (kVecs == 1) {
+      sums[l] += query[0] * load_row(row);
+    } else {
+      Vec<T> even = sums[l], odd{};
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; v += 2) {
+        Vec<T> a, b;
+        load_two(row + v * W, a, b);
+        even += query[v] * a;
+        odd += query[v + 1] * b;
+      }
+      sums[l] = even + odd;
+    }
+  }
+}
+
+// Dot products of a packed query with the rows of k, one in each lane.
+template <typename E, typename T>
+Vec<T> dots(const T* q, const E* k, const LaneRows<T>& rows, int64_t D, int64_t ahead) {
+  constexpr int W = kLanes<T>;
+  Vec<T> sums[W] = {};
+  int64_t d = 0;
+  for (; d + 4 * W <= D; d += 4 * W) dot_columns<4>(q + d, k + d, rows, ahead, sums);
+  for (; d + 2 * W <= D; d += 2 * W) dot_columns<2>(q + d, k + d, rows, ahead, sums);
+  for (; d + W <= D; d += W) dot_columns<1>(q + d, k + d, rows, ahead, sums);
+  for (; d < D; ++d)
+    for (int l = 0; l < W; ++l) sums[l][0] += q[d] * load_float(k + rows.at[l] + d);
   return sum_each<T>(sums);
 }
 
@@ -110,6 +134,8 @@ void forward(const ClsAttentionParams& p, int64_t begin, int64_t end) {
     throw std::bad_alloc();
   T* q = scratch.take<T>(p.H * width);
   T* scores = scratch.take<T>(p.H * padded);
+  const LaneRows<T> whole(p.k_stride[2], W), rest(p.k_stride[2], keys - (padded - W));
+  const int64_t ahead = 2 * W * p.k_stride[2] * static_cast<int64_t>(sizeof(E));
   for (int64_t u = begin; u < end; ++u) {
     const Unit unit(p, u);
     const E* q_rows = static_cast<const E*>(p.q) + unit.b * p.q_stride[0] + unit.first * p.q_stride[1];
@@ -117,9 +143,8 @@ void forward(const ClsAttentionParams& p, int64_t begin, int64_t end) {
     for (int64_t h = 0; h < unit.heads; ++h)
       pack_query(q + h * width, q_rows + h * p.q_stride[1], p.D, static_cast<T>(p.scale * kLog2e));
     const auto block = [&](int64_t h, int64_t j) {
-      const Rows<const E> rows{k + h * p.k_stride[1] + (p.first_key + j) * p.k_stride[2], p.k_stride[2]};
-      const int64_t ahead = 2 * W * p.k_stride[2] * static_cast<int64_t>(sizeof(E));
-      store(scores + h * padded + j, dots<E, T>(q + h * width, rows, smaller(W, keys - j), p.D, ahead));
+      const E* rows = k + h * p.k_stride[1] + (p.first_key + j) * p.k_stride[2];
+      store(scores + h * padded + j, dots(q + h * width, rows, j + W <= keys ? whole : rest, p.D, ahead));
     };
     if (p.k_stride[1] > p.k_stride[2])  // each head's keys lie together
       for (int64_t h = 0; h < unit.heads; ++h)
