@@ -1,9 +1,14 @@
-// Bindings of the per-head shift of generalized convolution (kernels/cpu/generalized_conv.h,
-// kernels/cuda/generalized_conv.h).
+// Bindings of generalized convolution: its per-head shift (kernels/cpu/generalized_conv.h,
+// kernels/cuda/generalized_conv.h) and the products of float32 on the CPU (kernels/cpu/generalized_conv_product.h).
 #include "../kernels/cpu/generalized_conv.h"
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "../kernels/cpu/generalized_conv_product.h"
 #include "tensor.h"
 #ifdef FASTIB_WITH_CUDA
 #include "../kernels/cuda/generalized_conv.h"
@@ -50,6 +55,83 @@ Tensor shift(Tensor x, int64_t num_heads, bool inverse) {
   return call.out;
 }
 
+constexpr int64_t kParts = 8;  // of the weight's gradient, at most
+
+// A float32 image, dense in `order`: itself, or a copy.
+Tensor dense_in_order(const Tensor& image, const char* name, const std::vector<int>& order) {
+  const std::vector<int64_t> sizes(image.sizes().begin(), image.sizes().end());
+  check_cpu_tensor(image, name, ScalarType::Float, sizes);
+  int64_t elements = 1;
+  for (size_t i = order.size(); i-- > 0;) {
+    if (sizes[order[i]] > 1 && image.stride(order[i]) != elements) return copy_in_order(image, order);
+    elements *= sizes[order[i]];
+  }
+  return image;
+}
+
+// The order of x, which must have four dimensions.
+const std::vector<int>& order_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must have shape (B, C, rows, columns), but has ", shape_text(x.sizes()));
+  return is_channels_last(x) ? kChannelsLast : kColumnsLast;
+}
+
+Tensor product(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t num_heads, bool inverse, bool transposed) {
+  GeneralizedConvProductParams p{};
+  const std::vector<int>& order = order_of(x);
+  x = dense_in_order(x, "x", order);
+  p.B = x.size(0), p.K = x.size(1), p.rows = x.size(2), p.columns = x.size(3);
+  STD_TORCH_CHECK(weight.dim() == 2, "weight must have two dimensions, but has ", weight.dim());
+  p.N = weight.size(transposed), p.H = num_heads, p.inverse = inverse, p.transposed = transposed;
+  check_cpu_tensor(weight, "weight", ScalarType::Float,
+                   transposed ? std::vector<int64_t>{p.K, p.N} : std::vector<int64_t>{p.N, p.K});
+  STD_TORCH_CHECK(num_heads >= 1 && num_heads < 1 << 20 && p.N % num_heads == 0,
+                  "num_heads must be 1 or more and divide ", p.N, " channels, but is ", num_heads);
+  STD_TORCH_CHECK(!bias || num_heads == 1, "bias must be None where num_heads is not 1");
+  if (bias) check_cpu_tensor(*bias, "bias", ScalarType::Float, {p.N});
+  Tensor out = empty_in_order(x, {p.B, p.N, p.rows, p.columns}, order);
+  if (out.numel() == 0) return out;
+  weight = dense_rows(weight);
+  if (bias) bias = dense(*bias);
+  p.weight_stride = weight.stride(0);
+  p.x = x.const_data_ptr<float>(), p.weight = weight.const_data_ptr<float>();
+  p.bias = bias ? bias->const_data_ptr<float>() : nullptr, p.out = out.mutable_data_ptr<float>();
+  const bool last = &order == &kChannelsLast;
+  const auto kernel = last ? generalized_conv_pixels : generalized_conv_planes;
+  torch::stable::parallel_for(0, last ? generalized_conv_pixel_units(p) : generalized_conv_plane_units(p), 1,
+                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> grad_weight(Tensor grad, Tensor x, bool bias) {
+  GeneralizedConvWeightParams p{};
+  const std::vector<int>& order = order_of(x);
+  STD_TORCH_CHECK(grad.dim() == 4, "grad must have shape (B, C, rows, columns), but has ", shape_text(grad.sizes()));
+  grad = dense_in_order(grad, "grad", order), x = dense_in_order(x, "x", order);
+  for (int dim : {0, 2, 3})
+    STD_TORCH_CHECK(grad.size(dim) == x.size(dim), "grad must have the pixels of x, ", shape_text(x.sizes()),
+                    ", but has ", shape_text(grad.sizes()));
+  p.B = x.size(0), p.pixels = x.size(2) * x.size(3), p.K = x.size(1), p.N = grad.size(1);
+  p.parts = std::clamp<int64_t>(p.B * PixelBlocks(p.pixels).count / 2, 1, kParts);
+  Tensor weight_sum = new_empty(x, {p.N, p.K}, ScalarType::Float);
+  Tensor bias_sum = new_empty(x, {bias ? p.N : 0}, ScalarType::Float);
+  if (p.B * p.pixels == 0) {
+    torch::stable::zero_(weight_sum), torch::stable::zero_(bias_sum);
+    return {weight_sum, bias_sum};
+  }
+  Tensor weight_parts = new_empty(x, {p.parts, p.N, p.K}, ScalarType::Float);
+  Tensor bias_parts = new_empty(x, {p.parts, bias ? p.N : 0}, ScalarType::Float);
+  p.grad = grad.const_data_ptr<float>(), p.x = x.const_data_ptr<float>();
+  p.weight_parts = weight_parts.mutable_data_ptr<float>();
+  p.bias_parts = bias ? bias_parts.mutable_data_ptr<float>() : nullptr;
+  const bool last = &order == &kChannelsLast;
+  const auto kernel = last ? generalized_conv_grad_weight_pixels : generalized_conv_grad_weight_planes;
+  torch::stable::parallel_for(0, p.parts, 1, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  float *weight_out = weight_sum.mutable_data_ptr<float>(), *bias_out = bias_sum.mutable_data_ptr<float>();
+  torch::stable::parallel_for(
+      0, p.N, 16, [&](int64_t begin, int64_t end) { generalized_conv_reduce(p, weight_out, bias_out, begin, end); });
+  return {weight_sum, bias_sum};
+}
+
 #ifdef FASTIB_WITH_CUDA
 Tensor shift_cuda(Tensor x, int64_t num_heads, bool inverse) {
   const CudaDevice device(x);
@@ -64,7 +146,11 @@ Tensor shift_cuda(Tensor x, int64_t num_heads, bool inverse) {
 }  // namespace
 }  // namespace fastib
 
-STABLE_TORCH_LIBRARY_IMPL(fastib, CPU, m) { m.impl("generalized_conv_shift", TORCH_BOX(&fastib::shift)); }
+STABLE_TORCH_LIBRARY_IMPL(fastib, CPU, m) {
+  m.impl("generalized_conv_grad_weight", TORCH_BOX(&fastib::grad_weight));
+  m.impl("generalized_conv_product", TORCH_BOX(&fastib::product));
+  m.impl("generalized_conv_shift", TORCH_BOX(&fastib::shift));
+}
 
 #ifdef FASTIB_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fastib, CUDA, m) { m.impl("generalized_conv_shift", TORCH_BOX(&fastib::shift_cuda)); }

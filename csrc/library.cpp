@@ -7,6 +7,10 @@ STABLE_TORCH_LIBRARY(fastib, m) {
       "feature_alignment(Tensor student, Tensor teacher, bool center, float eps, bool gradient) -> (Tensor loss, "
       "Tensor direction, Tensor factor)");
   m.def("feature_alignment_backward(Tensor grad, Tensor direction, Tensor factor, int tokens) -> Tensor");
+  m.def("generalized_conv_grad_weight(Tensor grad, Tensor x, bool bias) -> (Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "generalized_conv_product(Tensor x, Tensor weight, Tensor? bias, int num_heads, bool inverse, bool transposed) "
+      "-> Tensor");
   m.def("generalized_conv_shift(Tensor x, int num_heads, bool inverse) -> Tensor");
   m.def("involution(Tensor x, Tensor weight, int stride, int dilation) -> Tensor");
   m.def(

@@ -1,6 +1,7 @@
 """generalized_conv inside PyTorch: compile, export, autocast, checkpointing, opcheck, and every error message."""
 
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -126,9 +127,10 @@ def test_opcheck(device, last, dtype):
         torch.library.opcheck(torch.ops.fastib.generalized_conv_shift, (x, 6, inverse))
 
 
-@pytest.mark.parametrize(("last", "batch"), [(True, 2), (True, 30), (False, 30)])  # 30: products by oneDNN
+@pytest.mark.parametrize(("last", "batch"), [(True, 2), (True, 30), (False, 30)])  # 30: our own products
 def test_no_image_is_copied(last, batch):
-    """Two products and a shift forward, their gradients and a shift backward, in both layouts."""
+    """Two products and a shift forward, their gradients and a shift backward; many pixels are shifted as they are
+    stored, in both layouts."""
     if not _native.lib_available():
         pytest.skip(_native.why_not())
     from torch.profiler import ProfilerActivity, profile
@@ -143,7 +145,8 @@ def test_no_image_is_copied(last, batch):
     events = [(event.key, event.input_shapes) for event in trace.events()]
     copies = [shapes for name, shapes in events if any(w in name for w in ("copy", "clone", "contiguous"))]
     assert not any([batch, 12, 7, 9] in shapes or [batch, 12, 63] in shapes for shapes in copies)
-    assert [name for name, _ in events].count("fastib::generalized_conv_shift") == 2
+    ours = Counter(name.removeprefix("fastib::generalized_conv_") for name, _ in events if name.startswith("fastib::"))
+    assert ours == ({"shift": 2} if batch == 2 else {"product": 4, "grad_weight": 2})
 
 
 def test_layer():

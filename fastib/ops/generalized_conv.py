@@ -1,4 +1,4 @@
-"""Generalized convolution (Bootstrapping ViTs, Eq. 3-4): the public function, and the per-head shift under it."""
+"""Generalized convolution (Bootstrapping ViTs, Eq. 3-4): the public function, its shift, and its fused products."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from fastib.ops._backend import Op, below_autograd, check_device, invalid
 from fastib.reference.generalized_conv import generalized_conv_ref
 
 _NAME, _SHIFT = "generalized_conv", "generalized_conv_shift"
+_PRODUCT, _GRAD_WEIGHT = "generalized_conv_product", "generalized_conv_grad_weight"
 _FEW = 20480  # elements up to which PyTorch, with one thread, gives no convolution to oneDNN
-SCHEMAS = {_SHIFT: "(Tensor x, int num_heads, bool inverse) -> Tensor"}
+SCHEMAS = {
+    _SHIFT: "(Tensor x, int num_heads, bool inverse) -> Tensor",
+    _PRODUCT: "(Tensor x, Tensor weight, Tensor? bias, int num_heads, bool inverse, bool transposed) -> Tensor",
+    _GRAD_WEIGHT: "(Tensor grad, Tensor x, bool bias) -> (Tensor grad_weight, Tensor grad_bias)",
+}
 
 
 def generalized_conv(
@@ -44,6 +49,23 @@ def generalized_conv(
     _check(x, w_v, w_o, bias, num_heads)
     if _OP.choose(backend, x) == "reference":
         return generalized_conv_ref(x, w_v, w_o, bias, num_heads)
+    inputs = x, w_v, w_o, bias
+    if not _fused(x):
+        return _composed(*inputs, num_heads)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _GeneralizedConv.apply(*inputs, num_heads)
+    return _forward(*inputs, num_heads)[0]
+
+
+def _fused(x: Tensor) -> bool:
+    """Whether the products that shift what they write take `x`: float32 on the CPU, dense, many pixels."""
+    if torch.compiler.is_compiling() or not x.is_cpu or x.dtype != torch.float32 or x.numel() <= _FEW:
+        return False
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _composed(x: Tensor, w_v: Tensor, w_o: Tensor, bias: Tensor | None, num_heads: int) -> Tensor:
+    """Both products and the shift, each an operation of its own."""
     return _product(_shift(_product(x, w_v), num_heads), w_o, bias)
 
 
@@ -90,6 +112,69 @@ def _shift(x: Tensor, num_heads: int, inverse: bool = False) -> Tensor:
 
 _kernel = _backend.register(_SHIFT, SCHEMAS[_SHIFT], lambda x, *_: _backend.empty_image(x, *x.shape[2:]))
 _OP = Op(_NAME, gpu="cuda", kernel=_SHIFT)
+
+
+_fused_product = _backend.register(
+    _PRODUCT, SCHEMAS[_PRODUCT], lambda x, weight, *args: _fake_product(x, weight, args[-1])
+)
+_grad_weight = _backend.register(
+    _GRAD_WEIGHT,
+    SCHEMAS[_GRAD_WEIGHT],
+    lambda grad, x, bias: (x.new_empty((grad.shape[1], x.shape[1])), x.new_empty((grad.shape[1] if bias else 0,))),
+)
+
+
+def _fake_product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    batch, _, rows, columns = x.shape
+    channels = weight.shape[transposed]
+    if _backend.channels_last(x):
+        return x.new_empty((batch, rows, columns, channels)).permute(0, 3, 1, 2)
+    return x.new_empty((batch, channels, rows, columns))
+
+
+def _forward(x: Tensor, w_v: Tensor, w_o: Tensor, bias: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor]:
+    """The result, and the shifted values that its gradient needs."""
+    with below_autograd():
+        shifted = _fused_product(x, w_v, None, num_heads, False, False)
+        return _fused_product(shifted, w_o, bias, 1, False, False), shifted
+
+
+class _GeneralizedConv(torch.autograd.Function):
+    """The fused products, once differentiable as such; further derivatives are those of `_composed`."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *inputs, ctx.num_heads = args
+        out, shifted = _forward(*inputs, ctx.num_heads)
+        ctx.save_for_backward(*inputs, shifted)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, shifted = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return (*_composed_gradients(inputs, ctx.num_heads, grad, ctx.needs_input_grad), None)
+        x, w_v, w_o, _ = inputs
+        need_x, need_v, need_o, need_bias, _ = ctx.needs_input_grad
+        grad_x = grad_v = grad_o = grad_bias = None
+        with below_autograd():
+            if need_o or need_bias:
+                grad_o, grad_bias = _grad_weight(grad, shifted, need_bias)
+            if need_x or need_v:
+                grad_values = _fused_product(grad, w_o, None, ctx.num_heads, True, True)
+            if need_v:
+                grad_v, _ = _grad_weight(grad_values, x, False)
+            if need_x:
+                grad_x = _fused_product(grad_values, w_v, None, 1, False, True)
+        return grad_x, grad_v, grad_o, grad_bias if need_bias else None, None
+
+
+def _composed_gradients(
+    inputs: list[Tensor | None], num_heads: int, grad: Tensor, needed: tuple[bool, ...]
+) -> list[Tensor | None]:
+    wanted = [t for t, need in zip(inputs, needed, strict=False) if need]
+    found = iter(torch.autograd.grad(_composed(*inputs, num_heads), wanted, grad, create_graph=True))
+    return [next(found) if need else None for _, need in zip(inputs, needed, strict=False)]
 
 
 class _Shift(torch.autograd.Function):

@@ -32,9 +32,9 @@ FASTIB_INLINE int64_t generalized_conv_window(int64_t heads) {
 }
 
 // Heads take the window's places row by row; an even window reaches one place further below and to the right.
-FASTIB_INLINE Offset generalized_conv_offset(const GeneralizedConvShiftParams& p, int64_t window, int64_t head) {
+FASTIB_INLINE Offset generalized_conv_offset(int64_t window, int64_t head, bool inverse) {
   const int64_t row = head / window - (window - 1) / 2, column = head % window - (window - 1) / 2;
-  return p.inverse ? Offset{-row, -column} : Offset{row, column};
+  return inverse ? Offset{-row, -column} : Offset{row, column};
 }
 
 }  // namespace fastib

@@ -7,6 +7,7 @@
 #include "depthwise_block.h"
 #include "feature_alignment.h"
 #include "generalized_conv.h"
+#include "generalized_conv_product.h"
 #include "head_token_attention.h"
 #include "involution.h"
 #include "mhca_attention.h"
@@ -23,6 +24,14 @@
   X(feature_alignment_forward, (const FeatureAlignmentParams& params, int64_t begin, int64_t end),                     \
     (params, begin, end))                                                                                              \
   X(feature_alignment_backward, (const FeatureAlignmentGradParams& params, int64_t begin, int64_t end),                \
+    (params, begin, end))                                                                                              \
+  X(generalized_conv_grad_weight_pixels, (const GeneralizedConvWeightParams& params, int64_t begin, int64_t end),      \
+    (params, begin, end))                                                                                              \
+  X(generalized_conv_grad_weight_planes, (const GeneralizedConvWeightParams& params, int64_t begin, int64_t end),      \
+    (params, begin, end))                                                                                              \
+  X(generalized_conv_pixels, (const GeneralizedConvProductParams& params, int64_t begin, int64_t end),                 \
+    (params, begin, end))                                                                                              \
+  X(generalized_conv_planes, (const GeneralizedConvProductParams& params, int64_t begin, int64_t end),                 \
     (params, begin, end))                                                                                              \
   X(generalized_conv_shift, (const GeneralizedConvShiftParams& params, int64_t begin, int64_t end),                    \
     (params, begin, end))                                                                                              \

@@ -42,7 +42,7 @@ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 void shift_channels(const GeneralizedConvShiftParams& p, int64_t begin, int64_t end) {
   const int64_t size = p.element_size, window = generalized_conv_window(p.H), run = p.D * size;
   std::vector<Offset> offsets(p.H);
-  for (int64_t head = 0; head < p.H; ++head) offsets[head] = generalized_conv_offset(p, window, head);
+  for (int64_t head = 0; head < p.H; ++head) offsets[head] = generalized_conv_offset(window, head, p.inverse);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t b = unit / p.rows, i = unit % p.rows;
     const char* x = static_cast<const char*>(p.x) + b * p.x_stride[0] * size;
@@ -71,7 +71,7 @@ void shift_columns(const GeneralizedConvShiftParams& p, int64_t begin, int64_t e
   const bool whole = p.x_stride[2] == p.columns && p.out_stride[2] == p.columns;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t b = unit / channels, c = unit % channels;
-    const Offset at = generalized_conv_offset(p, window, c / p.D);
+    const Offset at = generalized_conv_offset(window, c / p.D, p.inverse);
     const int64_t first_row = larger(0, -at.row), end_row = p.rows - larger(0, at.row);
     const int64_t first = larger(0, -at.column), last = p.columns - larger(0, at.column);
     char* out = static_cast<char*>(p.out) + (b * p.out_stride[0] + c * p.out_stride[1]) * size;

@@ -19,7 +19,7 @@ struct ChannelsShift {
     const Place at = place_of_part(block, thread, p.B, parts, rows, divide_up(p.columns, J), 1, J);
     if (!at.exists) return;
     const int c = at.part * V;
-    const Offset offset = generalized_conv_offset(p, generalized_conv_window(p.H), c / static_cast<int>(p.D));
+    const Offset offset = generalized_conv_offset(generalized_conv_window(p.H), c / static_cast<int>(p.D), p.inverse);
     const int64_t row = at.row + offset.row;
     const E* x = static_cast<const E*>(p.x) + at.b * p.x_stride[0] + row * p.x_stride[2] + c;
     E* out = static_cast<E*>(p.out) + at.b * p.out_stride[0] + at.row * p.out_stride[2] + c;
@@ -49,7 +49,8 @@ struct ColumnsShift {
     const Place at =
         place_of(block, thread, p.B, channels, divide_up(p.rows, R), static_cast<int>(p.columns / V), R, V);
     if (!at.exists) return;
-    const Offset offset = generalized_conv_offset(p, generalized_conv_window(p.H), at.part / static_cast<int>(p.D));
+    const Offset offset =
+        generalized_conv_offset(generalized_conv_window(p.H), at.part / static_cast<int>(p.D), p.inverse);
     const E* x = static_cast<const E*>(p.x) + at.b * p.x_stride[0] + at.part * p.x_stride[1];
     E* out = static_cast<E*>(p.out) + at.b * p.out_stride[0] + at.part * p.out_stride[1] + at.column;
     Pack<E, V> pack[R] = {};
