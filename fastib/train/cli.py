@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastib.train.errors import ConfigError, HarnessError, Stopped
+from fastib.train.host_memory import keep_freed_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(word.startswith("-") for word in rest) or (rest and arguments.run not in (_train, _analyze, _compare)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
+    keep_freed_memory()
     try:
         return arguments.run(arguments) or 0
     except Stopped as stopped:

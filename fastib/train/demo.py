@@ -24,6 +24,7 @@ from fastib.models import DearKDVisionTransformer
 from fastib.nn import MHCA
 from fastib.train.build import build_model, load_student, load_teacher
 from fastib.train.config import TrainConfig, load_config, read_config
+from fastib.train.host_memory import keep_freed_memory
 from fastib.train.loop import train
 from fastib.train.metrics import draw_curves, read_metrics
 from fastib.train.runs import CONFIG, STUDENT
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("options", nargs="*", metavar="key=value", help="overrides of all six runs")
     arguments = parser.parse_args(argv)
     start = time.perf_counter()
+    keep_freed_memory()
     console = Console(highlight=False, soft_wrap=True)
     folder = arguments.output or _fresh_folder()
     folder.mkdir(parents=True, exist_ok=True)
