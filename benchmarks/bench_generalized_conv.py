@@ -27,11 +27,11 @@ def cases(device: str) -> list[Case]:
 
 
 def goals(case: Case) -> tuple[Goal, ...]:
-    """What the operator is meant to reach: milliseconds, and our time over the published way's. The shift's goal, on a
-    GPU, is a share of the copy bandwidth, which the table shows."""
+    """Bounds on our time over that of the compiled shift, which took 22.6 and 8.1 ms where 17 and 6 were asked for, and
+    over the published way's. The shift's goal, on a GPU, is a share of the copy bandwidth, which the table shows."""
     if case.device == "cuda" or case.part == "shift" or case.dtype != "float32" or case.side > 14 or case.H != 9:
         return ()
-    return (Goal(17 if case.trains else 6, ()), Goal(1 / 5, ("dense phi",)))
+    return (Goal(17 / 22.6 if case.trains else 6 / 8.1, ("eager compiled",)), Goal(1 / 5, ("dense phi",)))
 
 
 def make_job(case: Case, backend: str | None, quick: bool) -> Job:
