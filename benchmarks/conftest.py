@@ -15,7 +15,6 @@ if str(ROOT) not in sys.path:
 from benchmarks.harness import Unavailable  # noqa: E402
 from benchmarks.house import House, Options  # noqa: E402
 from benchmarks.report import publish  # noqa: E402
-from fastib.train.host_memory import keep_freed_memory  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -38,7 +37,6 @@ def pytest_collect_file(file_path, parent):
 
 
 def pytest_configure(config):
-    keep_freed_memory()  # as the command line does: what a peer takes from the system is no part of its work
     config.fastib_house = House(
         Options(
             seconds=config.getoption("--bench-seconds"),
