@@ -75,30 +75,52 @@ const std::vector<int>& order_of(const Tensor& x) {
   return is_channels_last(x) ? kChannelsLast : kColumnsLast;
 }
 
-Tensor product(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t num_heads, bool inverse, bool transposed) {
+// What the products of x are, all but x and out. The weight gets dense rows, the bias dense elements.
+GeneralizedConvProductParams make_product(const Tensor& x, int64_t channels, Tensor& weight,
+                                          std::optional<Tensor>& bias, int64_t num_heads, bool transposed) {
   GeneralizedConvProductParams p{};
-  const std::vector<int>& order = order_of(x);
-  x = dense_in_order(x, "x", order);
-  p.B = x.size(0), p.K = x.size(1), p.rows = x.size(2), p.columns = x.size(3);
   STD_TORCH_CHECK(weight.dim() == 2, "weight must have two dimensions, but has ", weight.dim());
-  p.N = weight.size(transposed), p.H = num_heads, p.inverse = inverse, p.transposed = transposed;
+  p.B = x.size(0), p.rows = x.size(2), p.columns = x.size(3), p.K = channels;
+  p.N = weight.size(transposed), p.H = num_heads, p.transposed = transposed;
   check_cpu_tensor(weight, "weight", ScalarType::Float,
                    transposed ? std::vector<int64_t>{p.K, p.N} : std::vector<int64_t>{p.N, p.K});
   STD_TORCH_CHECK(num_heads >= 1 && num_heads < 1 << 20 && p.N % num_heads == 0,
                   "num_heads must be 1 or more and divide ", p.N, " channels, but is ", num_heads);
   STD_TORCH_CHECK(!bias || num_heads == 1, "bias must be None where num_heads is not 1");
   if (bias) check_cpu_tensor(*bias, "bias", ScalarType::Float, {p.N});
-  Tensor out = empty_in_order(x, {p.B, p.N, p.rows, p.columns}, order);
-  if (out.numel() == 0) return out;
   weight = dense_rows(weight);
   if (bias) bias = dense(*bias);
-  p.weight_stride = weight.stride(0);
-  p.x = x.const_data_ptr<float>(), p.weight = weight.const_data_ptr<float>();
-  p.bias = bias ? bias->const_data_ptr<float>() : nullptr, p.out = out.mutable_data_ptr<float>();
+  p.weight_stride = weight.stride(0), p.weight = weight.const_data_ptr<float>();
+  p.bias = bias ? bias->const_data_ptr<float>() : nullptr;
+  return p;
+}
+
+Tensor product(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t num_heads, bool inverse, bool transposed) {
+  const std::vector<int>& order = order_of(x);
+  x = dense_in_order(x, "x", order);
+  GeneralizedConvProductParams p = make_product(x, x.size(1), weight, bias, num_heads, transposed);
+  Tensor out = empty_in_order(x, {p.B, p.N, p.rows, p.columns}, order);
+  if (out.numel() == 0) return out;
+  p.inverse = inverse, p.x = x.const_data_ptr<float>(), p.out = out.mutable_data_ptr<float>();
   const bool last = &order == &kChannelsLast;
   const auto kernel = last ? generalized_conv_pixels : generalized_conv_planes;
   torch::stable::parallel_for(0, last ? generalized_conv_pixel_units(p) : generalized_conv_plane_units(p), 1,
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  return out;
+}
+
+Tensor forward(Tensor x, Tensor w_v, Tensor w_o, std::optional<Tensor> bias, int64_t num_heads) {
+  const std::vector<int>& order = order_of(x);
+  x = dense_in_order(x, "x", order);
+  std::optional<Tensor> none;
+  GeneralizedConvForwardParams p{};
+  p.values = make_product(x, x.size(1), w_v, none, num_heads, false);
+  p.result = make_product(x, p.values.N, w_o, bias, 1, false);
+  Tensor out = empty_in_order(x, {p.values.B, p.result.N, p.values.rows, p.values.columns}, order);
+  if (out.numel() == 0) return out;
+  p.values.x = x.const_data_ptr<float>(), p.result.out = out.mutable_data_ptr<float>();
+  const auto kernel = &order == &kChannelsLast ? generalized_conv_forward_pixels : generalized_conv_forward_planes;
+  torch::stable::parallel_for(0, p.values.B, 1, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return out;
 }
 
@@ -147,6 +169,7 @@ Tensor shift_cuda(Tensor x, int64_t num_heads, bool inverse) {
 }  // namespace fastib
 
 STABLE_TORCH_LIBRARY_IMPL(fastib, CPU, m) {
+  m.impl("generalized_conv_forward", TORCH_BOX(&fastib::forward));
   m.impl("generalized_conv_grad_weight", TORCH_BOX(&fastib::grad_weight));
   m.impl("generalized_conv_product", TORCH_BOX(&fastib::product));
   m.impl("generalized_conv_shift", TORCH_BOX(&fastib::shift));

@@ -93,6 +93,32 @@ def test_same_bits_with_any_thread_count(restored_threads, last):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+@pytest.mark.parametrize("where", CPUS, ids=str)
+def test_image_by_image(where, data):
+    """Without a gradient: the same bits."""
+    if where.why_not():
+        pytest.skip(where.why_not())
+    heads, width = data.draw(st.integers(1, 16)), data.draw(st.sampled_from([1, 3, 8, 16]))
+    size = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 33))
+    last, bias = data.draw(st.tuples(st.booleans(), st.booleans()))
+    inputs, _ = problem(3, 5, heads, width, 7, size, last, bias)
+    args = (*inputs, *([] if bias else [None]), heads)
+    with where.forced():
+        expected = MODULE._forward(*args)[0]
+        assert torch.equal(torch.ops.fastib.generalized_conv_forward(*args), expected)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_inference(restored_threads, last):
+    inputs, _ = problem(4, 6, 9, 2, 7, (5, 6), last)
+    expected = generalized_conv(*(t.clone().requires_grad_() for t in inputs), 9).detach()
+    for threads in (1, 2, 3):  # from 3 on there are too few images
+        torch.set_num_threads(threads)
+        assert torch.equal(generalized_conv(*inputs, 9), expected)
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_the_result_has_the_layout_of_x(last):
     inputs, _ = problem(2, 6, 9, 2, 7, (5, 6), last)
@@ -165,6 +191,7 @@ def test_opcheck(last):
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(product, (x, w_v, None, 9, False, False), test_utils=tests)
     torch.library.opcheck(product, (x, w_v.T.contiguous(), None, 9, True, True), test_utils=tests)
+    torch.library.opcheck(torch.ops.fastib.generalized_conv_forward, (x, w_v, w_v.T, None, 9), test_utils=tests)
     for with_bias in (False, True):
         torch.library.opcheck(grad_weight, (grad_out, x, with_bias), test_utils=tests)
 

@@ -13,10 +13,12 @@ from fastib.ops._backend import Op, below_autograd, check_device, invalid
 from fastib.reference.generalized_conv import generalized_conv_ref
 
 _NAME, _SHIFT = "generalized_conv", "generalized_conv_shift"
-_PRODUCT, _GRAD_WEIGHT = "generalized_conv_product", "generalized_conv_grad_weight"
+_FORWARD, _PRODUCT = "generalized_conv_forward", "generalized_conv_product"
+_GRAD_WEIGHT = "generalized_conv_grad_weight"
 _FEW = 20480  # elements up to which PyTorch, with one thread, gives no convolution to oneDNN
 SCHEMAS = {
     _SHIFT: "(Tensor x, int num_heads, bool inverse) -> Tensor",
+    _FORWARD: "(Tensor x, Tensor w_v, Tensor w_o, Tensor? bias, int num_heads) -> Tensor",
     _PRODUCT: "(Tensor x, Tensor weight, Tensor? bias, int num_heads, bool inverse, bool transposed) -> Tensor",
     _GRAD_WEIGHT: "(Tensor grad, Tensor x, bool bias) -> (Tensor grad_weight, Tensor grad_bias)",
 }
@@ -54,7 +56,10 @@ def generalized_conv(
         return _composed(*inputs, num_heads)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _GeneralizedConv.apply(*inputs, num_heads)
-    return _forward(*inputs, num_heads)[0]
+    if x.shape[0] < 2 * torch.get_num_threads():
+        return _forward(*inputs, num_heads)[0]
+    with below_autograd():
+        return _image_by_image(*inputs, num_heads)  # the same bits, and the values stay in the cache
 
 
 def _fused(x: Tensor) -> bool:
@@ -114,6 +119,7 @@ _kernel = _backend.register(_SHIFT, SCHEMAS[_SHIFT], lambda x, *_: _backend.empt
 _OP = Op(_NAME, gpu="cuda", kernel=_SHIFT)
 
 
+_image_by_image = _backend.register(_FORWARD, SCHEMAS[_FORWARD], lambda x, w_v, w_o, *_: _fake_product(x, w_o, False))
 _fused_product = _backend.register(
     _PRODUCT, SCHEMAS[_PRODUCT], lambda x, weight, *args: _fake_product(x, weight, args[-1])
 )
@@ -126,7 +132,7 @@ _grad_weight = _backend.register(
 
 def _fake_product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     batch, _, rows, columns = x.shape
-    channels = weight.shape[transposed]
+    channels = weight.shape[int(transposed)]
     if _backend.channels_last(x):
         return x.new_empty((batch, rows, columns, channels)).permute(0, 3, 1, 2)
     return x.new_empty((batch, channels, rows, columns))

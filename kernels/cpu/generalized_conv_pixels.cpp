@@ -18,20 +18,13 @@ constexpr int W = kLanes<float>;
 
 thread_local Scratch scratch;
 
-// The weight as right operand: (vectors of N, K, W), zero beyond N.
-void pack_weight(float* dst, const GeneralizedConvProductParams& p) {
-  if (!p.transposed) return pack_columns(dst, Rows<const float>{p.weight, p.weight_stride}, p.N, p.K);
-  for (int64_t n = 0; n < p.N; n += W, dst += p.K * W)
-    pack_rows(dst, W, Rows<const float>{p.weight + n, p.weight_stride}, p.K, smaller(W, p.N - n));
-}
-
 // Where the shift takes each head of a block's pixels.
 class Targets {
  public:
   Targets(const GeneralizedConvProductParams& p, int64_t* memory) : p_(p), to_(memory) {}
 
   // Fills in the pixels [first, first + n), and sets to zero what no pixel is shifted to.
-  void find(int64_t first, int64_t n) {
+  void find(int64_t first, int64_t n) const {
     const int64_t window = generalized_conv_window(p_.H), D = p_.N / p_.H;
     for (int64_t head = 0; head < p_.H; ++head) {
       const Offset by = generalized_conv_offset(window, head, p_.inverse);
@@ -74,43 +67,95 @@ class Targets {
   int64_t* to_;  // (n, H) pixels, -1 for none
 };
 
+// One product, its weight packed.
+class PixelProduct {
+ public:
+  static int64_t bytes(const GeneralizedConvProductParams& p) {
+    const int64_t vecs = divide_up(p.N, W);
+    return Scratch::padded_bytes<float>(vecs * p.K * W) + Scratch::padded_bytes<int64_t>(kBlockPixels * p.H) +
+           Scratch::padded_bytes<int64_t>(vecs);
+  }
+
+  // Takes bytes(p) of the scratch memory.
+  explicit PixelProduct(const GeneralizedConvProductParams& p)
+      : p_(p),
+        vecs_(divide_up(p.N, W)),
+        weight_(scratch.take<float>(vecs_ * p.K * W)),
+        targets_(p_, scratch.take<int64_t>(kBlockPixels * p.H)),
+        heads_(scratch.take<int64_t>(vecs_)) {
+    const int64_t D = p.N / p.H;
+    for (int64_t v = 0; v < vecs_; ++v) {
+      const int64_t first = v * W / D;
+      heads_[v] = (v + 1) * W <= (first + 1) * D ? first : -1;
+    }
+    pack_weight();
+  }
+  PixelProduct(const PixelProduct&) = delete;
+
+  void pixels(int64_t begin, int64_t end) const {
+    for (int64_t first = begin; first < end; first += kBlockPixels) block(first, smaller(kBlockPixels, end - first));
+  }
+
+  void image(const float* x, float* out) {
+    p_.x = x, p_.out = out;
+    pixels(0, p_.rows * p_.columns);
+  }
+
+ private:
+  // As right operand: (vectors of N, K, W), zero beyond N.
+  void pack_weight() {
+    const Rows<const float> rows{p_.weight, p_.weight_stride};
+    if (!p_.transposed) return pack_columns(weight_, rows, p_.N, p_.K);
+    for (int64_t n = 0; n < p_.N; n += W)
+      pack_rows(weight_ + n * p_.K, W, Rows<const float>{p_.weight + n, p_.weight_stride}, p_.K, smaller(W, p_.N - n));
+  }
+
+  void block(int64_t first, int64_t n) const {
+    const float* x = p_.x + first * p_.K;
+    const auto product = [&](auto sink) {
+      const Ahead next(only(Rows<const float>{x + kBlockPixels * p_.K, p_.K}), p_.K);
+      gemm(n, vecs_, p_.K, Left<float>{x, p_.K, 1}, Right<float>{weight_, W, W * p_.K}, sink, next);
+    };
+    if (p_.H == 1) {
+      product([this, first](int64_t m, int64_t v, Vec<float> sum) {
+        if (p_.bias) sum += load_part(p_.bias + v * W, p_.N - v * W);
+        store_part(p_.out + (first + m) * p_.N + v * W, sum, p_.N - v * W);
+      });
+    } else {
+      targets_.find(first, n);
+      product([this](int64_t m, int64_t v, Vec<float> sum) {
+        if (heads_[v] < 0)
+          targets_.store_vector(m, v * W, sum);
+        else
+          targets_.store_vector(m, v * W, heads_[v], sum);
+      });
+    }
+  }
+
+  GeneralizedConvProductParams p_;
+  int64_t vecs_;
+  float* weight_;
+  Targets targets_;
+  int64_t* heads_;  // of each vector, or -1 for several
+};
+
 }  // namespace
 
 void generalized_conv_pixels(const GeneralizedConvProductParams& p, int64_t begin, int64_t end) {
-  const int64_t vecs = divide_up(p.N, W), D = p.N / p.H;
-  if (!scratch.reserve(Scratch::padded_bytes<float>(vecs * p.K * W) +
-                       Scratch::padded_bytes<int64_t>(kBlockPixels * p.H) + Scratch::padded_bytes<int64_t>(vecs)))
+  if (!scratch.reserve(PixelProduct::bytes(p))) throw std::bad_alloc();
+  PixelProduct(p).pixels(begin * kUnitPixels, smaller(end * kUnitPixels, p.B * p.rows * p.columns));
+}
+
+void generalized_conv_forward_pixels(const GeneralizedConvForwardParams& p, int64_t begin, int64_t end) {
+  const int64_t pixels = p.values.rows * p.values.columns, between = pixels * p.values.N;
+  if (!scratch.reserve(PixelProduct::bytes(p.values) + PixelProduct::bytes(p.result) +
+                       Scratch::padded_bytes<float>(between)))
     throw std::bad_alloc();
-  float* weight = scratch.take<float>(vecs * p.K * W);
-  Targets targets(p, scratch.take<int64_t>(kBlockPixels * p.H));
-  int64_t* heads = scratch.take<int64_t>(vecs);  // of each vector, or -1 for several
-  for (int64_t v = 0; v < vecs; ++v) {
-    const int64_t first = v * W / D;
-    heads[v] = (v + 1) * W <= (first + 1) * D ? first : -1;
-  }
-  pack_weight(weight, p);
-  const int64_t last = smaller(end * kUnitPixels, p.B * p.rows * p.columns);
-  for (int64_t first = begin * kUnitPixels; first < last; first += kBlockPixels) {
-    const int64_t n = smaller(kBlockPixels, last - first);
-    const float* x = p.x + first * p.K;
-    const auto product = [&](auto sink) {
-      const Ahead next(only(Rows<const float>{x + kBlockPixels * p.K, p.K}), p.K);
-      gemm(n, vecs, p.K, Left<float>{x, p.K, 1}, Right<float>{weight, W, W * p.K}, sink, next);
-    };
-    if (p.H == 1) {
-      product([&p, first](int64_t m, int64_t v, Vec<float> sum) {
-        if (p.bias) sum += load_part(p.bias + v * W, p.N - v * W);
-        store_part(p.out + (first + m) * p.N + v * W, sum, p.N - v * W);
-      });
-    } else {
-      targets.find(first, n);
-      product([&targets, heads](int64_t m, int64_t v, Vec<float> sum) {
-        if (heads[v] < 0)
-          targets.store_vector(m, v * W, sum);
-        else
-          targets.store_vector(m, v * W, heads[v], sum);
-      });
-    }
+  PixelProduct values(p.values), result(p.result);
+  float* shifted = scratch.take<float>(between);
+  for (int64_t b = begin; b < end; ++b) {
+    values.image(p.values.x + b * pixels * p.values.K, shifted);
+    result.image(shifted, p.result.out + b * pixels * p.result.N);
   }
 }
 

@@ -37,55 +37,106 @@ void clear(float* plane, int64_t pixels, int64_t away, int64_t first, int64_t la
   for (int64_t i = pixels - away > first ? pixels - away : first; i < last; ++i) plane[i] = 0;
 }
 
+// One product.
+class PlaneProduct {
+ public:
+  static int64_t bytes(const GeneralizedConvProductParams& p) {
+    return Scratch::padded_bytes<float>(p.K * room(p)) +
+           Scratch::padded_bytes<int32_t>(generalized_conv_window(p.H) * room(p)) + Scratch::padded_bytes<Move>(p.H) +
+           Scratch::padded_bytes<int32_t>(p.N);
+  }
+
+  // Takes bytes(p) of the scratch memory.
+  explicit PlaneProduct(const GeneralizedConvProductParams& p)
+      : p_(p),
+        pixels_(p.rows * p.columns),
+        window_(generalized_conv_window(p.H)),
+        room_(room(p)),
+        image_(scratch.take<float>(p.K * room_)),
+        stays_(scratch.take<int32_t>(window_ * room_)),
+        moves_(scratch.take<Move>(p.H)),
+        heads_(scratch.take<int32_t>(p.N)) {
+    for (int64_t c = 0; c < p.N; ++c) heads_[c] = static_cast<int32_t>(c / (p.N / p.H));
+    for (int64_t head = 0; head < p.H; ++head) {
+      const Offset by = generalized_conv_offset(window_, head, p.inverse);
+      moves_[head] = {by.row * p.columns + by.column, stays_ + head % window_ * room_};
+    }
+  }
+  PlaneProduct(const PlaneProduct&) = delete;
+
+  void image(const float* x, float* out) const {
+    const PixelBlocks blocks(pixels_);
+    for (int64_t block = 0; block < blocks.count; ++block) pixels(x, out, blocks.first(block), blocks.first(block + 1));
+  }
+
+  // Those of [first, last) of one image.
+  void pixels(const float* x, float* out, int64_t first, int64_t last) const {
+    const int64_t n = last - first, padded = round_to_lanes<float>(n);
+    pack_rows(image_, padded, Rows<const float>{x + first, pixels_}, p_.K, n);
+    const auto product = [&](auto sink) {
+      const Left<float> weight{p_.weight, p_.transposed ? 1 : p_.weight_stride, p_.transposed ? p_.weight_stride : 1};
+      gemm(p_.N, padded / W, p_.K, weight, Right<float>{image_, padded, W}, sink);
+    };
+    if (p_.H == 1) {
+      product([this, out, first, n](int64_t m, int64_t v, Vec<float> sum) {
+        if (p_.bias) sum += p_.bias[m];
+        store_part(out + m * pixels_ + first + v * W, sum, n - v * W);
+      });
+      return;
+    }
+    for (int64_t side = 0; side < window_; ++side) {
+      const int64_t by = generalized_conv_offset(window_, side, p_.inverse).column;
+      for (int64_t i = 0; i < padded; ++i) {
+        const int64_t column = (first + i) % p_.columns - by;
+        stays_[side * room_ + i] = column >= 0 && column < p_.columns ? -1 : 0;
+      }
+    }
+    for (int64_t m = 0; m < p_.N; ++m) clear(out + m * pixels_, pixels_, moves_[heads_[m]].away, first, last);
+    product([this, out, first, n](int64_t m, int64_t v, Vec<float> sum) {
+      const Move& move = moves_[heads_[m]];
+      Lanes stays;
+      std::memcpy(&stays, move.stays + v * W, sizeof(stays));
+      store_clipped(out + m * pixels_, pixels_, first + v * W - move.away, (Vec<float>)((Lanes)sum & stays),
+                    smaller(W, n - v * W));
+    });
+  }
+
+ private:
+  static int64_t room(const GeneralizedConvProductParams& p) {
+    return round_to_lanes<float>(smaller(p.rows * p.columns, kBlockPixels));
+  }
+
+  GeneralizedConvProductParams p_;
+  int64_t pixels_, window_, room_;
+  float* image_;  // (K, room)
+  int32_t* stays_;
+  Move* moves_;
+  int32_t* heads_;  // of each channel
+};
+
 }  // namespace
 
 void generalized_conv_planes(const GeneralizedConvProductParams& p, int64_t begin, int64_t end) {
-  const int64_t pixels = p.rows * p.columns, window = generalized_conv_window(p.H), D = p.N / p.H;
+  if (!scratch.reserve(PlaneProduct::bytes(p))) throw std::bad_alloc();
+  const PlaneProduct product(p);
+  const int64_t pixels = p.rows * p.columns;
   const PixelBlocks blocks(pixels);
-  const int64_t room = round_to_lanes<float>(smaller(pixels, kBlockPixels));
-  if (!scratch.reserve(Scratch::padded_bytes<float>(p.K * room) + Scratch::padded_bytes<int32_t>(window * room) +
-                       Scratch::padded_bytes<Move>(p.H) + Scratch::padded_bytes<int32_t>(p.N)))
-    throw std::bad_alloc();
-  float* image = scratch.take<float>(p.K * room);
-  int32_t* stays = scratch.take<int32_t>(window * room);
-  Move* moves = scratch.take<Move>(p.H);
-  int32_t* heads = scratch.take<int32_t>(p.N);
-  for (int64_t c = 0; c < p.N; ++c) heads[c] = static_cast<int32_t>(c / D);
-  for (int64_t head = 0; head < p.H; ++head) {
-    const Offset by = generalized_conv_offset(window, head, p.inverse);
-    moves[head] = {by.row * p.columns + by.column, stays + head % window * room};
-  }
-  const Left<float> weight{p.weight, p.transposed ? 1 : p.weight_stride, p.transposed ? p.weight_stride : 1};
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t b = unit / blocks.count, block = unit % blocks.count;
-    const int64_t first = blocks.first(block), last = blocks.first(block + 1), n = last - first;
-    const int64_t padded = round_to_lanes<float>(n);
-    pack_rows(image, padded, Rows<const float>{p.x + b * p.K * pixels + first, pixels}, p.K, n);
-    float* out = p.out + b * p.N * pixels;
-    const Right<float> right{image, padded, W};
-    if (p.H == 1) {
-      gemm(p.N, padded / W, p.K, weight, right, [&p, out, pixels, first, n](int64_t m, int64_t v, Vec<float> sum) {
-        if (p.bias) sum += p.bias[m];
-        store_part(out + m * pixels + first + v * W, sum, n - v * W);
-      });
-      continue;
-    }
-    for (int64_t side = 0; side < window; ++side) {
-      const int64_t by = generalized_conv_offset(window, side, p.inverse).column;
-      for (int64_t i = 0; i < padded; ++i) {
-        const int64_t column = (first + i) % p.columns - by;
-        stays[side * room + i] = column >= 0 && column < p.columns ? -1 : 0;
-      }
-    }
-    for (int64_t m = 0; m < p.N; ++m) clear(out + m * pixels, pixels, moves[heads[m]].away, first, last);
-    gemm(p.N, padded / W, p.K, weight, right,
-         [out, moves, heads, pixels, first, n](int64_t m, int64_t v, Vec<float> sum) {
-           const Move& move = moves[heads[m]];
-           Lanes stays;
-           std::memcpy(&stays, move.stays + v * W, sizeof(stays));
-           store_clipped(out + m * pixels, pixels, first + v * W - move.away, (Vec<float>)((Lanes)sum & stays),
-                         smaller(W, n - v * W));
-         });
+    product.pixels(p.x + b * p.K * pixels, p.out + b * p.N * pixels, blocks.first(block), blocks.first(block + 1));
+  }
+}
+
+void generalized_conv_forward_planes(const GeneralizedConvForwardParams& p, int64_t begin, int64_t end) {
+  const int64_t pixels = p.values.rows * p.values.columns, between = pixels * p.values.N;
+  if (!scratch.reserve(PlaneProduct::bytes(p.values) + PlaneProduct::bytes(p.result) +
+                       Scratch::padded_bytes<float>(between)))
+    throw std::bad_alloc();
+  const PlaneProduct values(p.values), result(p.result);
+  float* shifted = scratch.take<float>(between);
+  for (int64_t b = begin; b < end; ++b) {
+    values.image(p.values.x + b * pixels * p.values.K, shifted);
+    result.image(shifted, p.result.out + b * pixels * p.result.N);
   }
 }
 
