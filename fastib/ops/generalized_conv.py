@@ -16,6 +16,7 @@ _NAME, _SHIFT = "generalized_conv", "generalized_conv_shift"
 _FORWARD, _PRODUCT = "generalized_conv_forward", "generalized_conv_product"
 _GRAD_WEIGHT = "generalized_conv_grad_weight"
 _FEW = 20480  # elements up to which PyTorch, with one thread, gives no convolution to oneDNN
+_CACHED = 1 << 18  # elements of an image's values up to which they stay in the second cache between the products
 SCHEMAS = {
     _SHIFT: "(Tensor x, int num_heads, bool inverse) -> Tensor",
     _FORWARD: "(Tensor x, Tensor w_v, Tensor w_o, Tensor? bias, int num_heads) -> Tensor",
@@ -56,10 +57,10 @@ def generalized_conv(
         return _composed(*inputs, num_heads)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _GeneralizedConv.apply(*inputs, num_heads)
-    if x.shape[0] < 2 * torch.get_num_threads():
+    if x.shape[0] < 2 * torch.get_num_threads() or w_v.shape[0] * x.shape[2] * x.shape[3] > _CACHED:
         return _forward(*inputs, num_heads)[0]
     with below_autograd():
-        return _image_by_image(*inputs, num_heads)  # the same bits, and the values stay in the cache
+        return _image_by_image(*inputs, num_heads)  # the same bits
 
 
 def _fused(x: Tensor) -> bool:
