@@ -109,19 +109,25 @@ Tensor product(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t num_
   return out;
 }
 
-Tensor forward(Tensor x, Tensor w_v, Tensor w_o, std::optional<Tensor> bias, int64_t num_heads) {
+// The values are empty where they are not kept.
+std::tuple<Tensor, Tensor> both(Tensor x, Tensor w_v, Tensor w_o, std::optional<Tensor> bias, int64_t num_heads,
+                                bool keep) {
   const std::vector<int>& order = order_of(x);
   x = dense_in_order(x, "x", order);
   std::optional<Tensor> none;
-  GeneralizedConvForwardParams p{};
+  GeneralizedConvBothParams p{};
   p.values = make_product(x, x.size(1), w_v, none, num_heads, false);
   p.result = make_product(x, p.values.N, w_o, bias, 1, false);
-  Tensor out = empty_in_order(x, {p.values.B, p.result.N, p.values.rows, p.values.columns}, order);
-  if (out.numel() == 0) return out;
-  p.values.x = x.const_data_ptr<float>(), p.result.out = out.mutable_data_ptr<float>();
-  const auto kernel = &order == &kChannelsLast ? generalized_conv_forward_pixels : generalized_conv_forward_planes;
-  torch::stable::parallel_for(0, p.values.B, 1, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
-  return out;
+  const int64_t B = p.values.B, rows = p.values.rows, columns = p.values.columns;
+  Tensor out = empty_in_order(x, {B, p.result.N, rows, columns}, order);
+  Tensor values =
+      keep ? empty_in_order(x, {B, p.values.N, rows, columns}, order) : new_empty(x, {0}, ScalarType::Float);
+  if (B * rows * columns == 0) return {out, values};
+  p.values.x = x.const_data_ptr<float>();
+  p.values.out = keep ? values.mutable_data_ptr<float>() : nullptr, p.result.out = out.mutable_data_ptr<float>();
+  const auto kernel = &order == &kChannelsLast ? generalized_conv_both_pixels : generalized_conv_both_planes;
+  torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  return {out, values};
 }
 
 std::tuple<Tensor, Tensor> grad_weight(Tensor grad, Tensor x, bool bias) {
@@ -169,7 +175,7 @@ Tensor shift_cuda(Tensor x, int64_t num_heads, bool inverse) {
 }  // namespace fastib
 
 STABLE_TORCH_LIBRARY_IMPL(fastib, CPU, m) {
-  m.impl("generalized_conv_forward", TORCH_BOX(&fastib::forward));
+  m.impl("generalized_conv_both", TORCH_BOX(&fastib::both));
   m.impl("generalized_conv_grad_weight", TORCH_BOX(&fastib::grad_weight));
   m.impl("generalized_conv_product", TORCH_BOX(&fastib::product));
   m.impl("generalized_conv_shift", TORCH_BOX(&fastib::shift));

@@ -7,7 +7,9 @@ STABLE_TORCH_LIBRARY(fastib, m) {
       "feature_alignment(Tensor student, Tensor teacher, bool center, float eps, bool gradient) -> (Tensor loss, "
       "Tensor direction, Tensor factor)");
   m.def("feature_alignment_backward(Tensor grad, Tensor direction, Tensor factor, int tokens) -> Tensor");
-  m.def("generalized_conv_forward(Tensor x, Tensor w_v, Tensor w_o, Tensor? bias, int num_heads) -> Tensor");
+  m.def(
+      "generalized_conv_both(Tensor x, Tensor w_v, Tensor w_o, Tensor? bias, int num_heads, bool keep) -> "
+      "(Tensor out, Tensor values)");
   m.def("generalized_conv_grad_weight(Tensor grad, Tensor x, bool bias) -> (Tensor grad_weight, Tensor grad_bias)");
   m.def(
       "generalized_conv_product(Tensor x, Tensor weight, Tensor? bias, int num_heads, bool inverse, bool transposed) "

@@ -97,17 +97,20 @@ def test_same_bits_with_any_thread_count(restored_threads, last):
 @given(data=st.data())
 @pytest.mark.parametrize("where", CPUS, ids=str)
 def test_image_by_image(where, data):
-    """Without a gradient: the same bits."""
+    """The same bits as one product after the other."""
     if where.why_not():
         pytest.skip(where.why_not())
     heads, width = data.draw(st.integers(1, 16)), data.draw(st.sampled_from([1, 3, 8, 16]))
     size = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 33))
-    last, bias = data.draw(st.tuples(st.booleans(), st.booleans()))
-    inputs, _ = problem(3, 5, heads, width, 7, size, last, bias)
-    args = (*inputs, *([] if bias else [None]), heads)
+    last, with_bias = data.draw(st.tuples(st.booleans(), st.booleans()))
+    (x, w_v, w_o, *rest), _ = problem(3, 5, heads, width, 7, size, last, with_bias)
+    bias = rest[0] if with_bias else None
+    product, both = torch.ops.fastib.generalized_conv_product, torch.ops.fastib.generalized_conv_both
     with where.forced():
-        expected = MODULE._forward(*args)[0]
-        assert torch.equal(torch.ops.fastib.generalized_conv_forward(*args), expected)
+        values = product(x, w_v, None, heads, False, False)
+        expected = product(values, w_o, bias, 1, False, False)
+        kept, dropped = both(x, w_v, w_o, bias, heads, True), both(x, w_v, w_o, bias, heads, False)
+    assert torch.equal(kept[0], expected) and torch.equal(kept[1], values) and torch.equal(dropped[0], expected)
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -191,8 +194,9 @@ def test_opcheck(last):
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(product, (x, w_v, None, 9, False, False), test_utils=tests)
     torch.library.opcheck(product, (x, w_v.T.contiguous(), None, 9, True, True), test_utils=tests)
-    torch.library.opcheck(torch.ops.fastib.generalized_conv_forward, (x, w_v, w_v.T, None, 9), test_utils=tests)
     for with_bias in (False, True):
+        both = torch.ops.fastib.generalized_conv_both
+        torch.library.opcheck(both, (x, w_v, w_v.T, None, 9, with_bias), test_utils=tests)
         torch.library.opcheck(grad_weight, (grad_out, x, with_bias), test_utils=tests)
 
 

@@ -13,13 +13,15 @@ from fastib.ops._backend import Op, below_autograd, check_device, invalid
 from fastib.reference.generalized_conv import generalized_conv_ref
 
 _NAME, _SHIFT = "generalized_conv", "generalized_conv_shift"
-_FORWARD, _PRODUCT = "generalized_conv_forward", "generalized_conv_product"
+_BOTH, _PRODUCT = "generalized_conv_both", "generalized_conv_product"
 _GRAD_WEIGHT = "generalized_conv_grad_weight"
 _FEW = 20480  # elements up to which PyTorch, with one thread, gives no convolution to oneDNN
 _CACHED = 1 << 18  # elements of an image's values up to which they stay in the second cache between the products
 SCHEMAS = {
     _SHIFT: "(Tensor x, int num_heads, bool inverse) -> Tensor",
-    _FORWARD: "(Tensor x, Tensor w_v, Tensor w_o, Tensor? bias, int num_heads) -> Tensor",
+    _BOTH: (
+        "(Tensor x, Tensor w_v, Tensor w_o, Tensor? bias, int num_heads, bool keep) -> (Tensor out, Tensor values)"
+    ),
     _PRODUCT: "(Tensor x, Tensor weight, Tensor? bias, int num_heads, bool inverse, bool transposed) -> Tensor",
     _GRAD_WEIGHT: "(Tensor grad, Tensor x, bool bias) -> (Tensor grad_weight, Tensor grad_bias)",
 }
@@ -57,10 +59,7 @@ def generalized_conv(
         return _composed(*inputs, num_heads)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _GeneralizedConv.apply(*inputs, num_heads)
-    if x.shape[0] < 2 * torch.get_num_threads() or w_v.shape[0] * x.shape[2] * x.shape[3] > _CACHED:
-        return _forward(*inputs, num_heads)[0]
-    with below_autograd():
-        return _image_by_image(*inputs, num_heads)  # the same bits
+    return _both(*inputs, num_heads, keep=False)[0]
 
 
 def _fused(x: Tensor) -> bool:
@@ -120,7 +119,12 @@ _kernel = _backend.register(_SHIFT, SCHEMAS[_SHIFT], lambda x, *_: _backend.empt
 _OP = Op(_NAME, gpu="cuda", kernel=_SHIFT)
 
 
-_image_by_image = _backend.register(_FORWARD, SCHEMAS[_FORWARD], lambda x, w_v, w_o, *_: _fake_product(x, w_o, False))
+def _fake_both(x: Tensor, w_v: Tensor, w_o: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    keep = args[-1]
+    return _fake_product(x, w_o, False), _fake_product(x, w_v, False) if keep else x.new_empty(0)
+
+
+_image_by_image = _backend.register(_BOTH, SCHEMAS[_BOTH], _fake_both)
 _fused_product = _backend.register(
     _PRODUCT, SCHEMAS[_PRODUCT], lambda x, weight, *args: _fake_product(x, weight, args[-1])
 )
@@ -139,9 +143,14 @@ def _fake_product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     return x.new_empty((batch, channels, rows, columns))
 
 
-def _forward(x: Tensor, w_v: Tensor, w_o: Tensor, bias: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor]:
-    """The result, and the shifted values that its gradient needs."""
+def _both(
+    x: Tensor, w_v: Tensor, w_o: Tensor, bias: Tensor | None, num_heads: int, *, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """The result, and the shifted values that its gradient needs, if they are to be kept."""
+    values = w_v.shape[0] * x.shape[2] * x.shape[3]
     with below_autograd():
+        if x.shape[0] >= 2 * torch.get_num_threads() and values <= _CACHED:
+            return _image_by_image(x, w_v, w_o, bias, num_heads, keep)
         shifted = _fused_product(x, w_v, None, num_heads, False, False)
         return _fused_product(shifted, w_o, bias, 1, False, False), shifted
 
@@ -152,7 +161,7 @@ class _GeneralizedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *inputs, ctx.num_heads = args
-        out, shifted = _forward(*inputs, ctx.num_heads)
+        out, shifted = _both(*inputs, ctx.num_heads, keep=True)
         ctx.save_for_backward(*inputs, shifted)
         return out
 

@@ -25,9 +25,9 @@
     (params, begin, end))                                                                                              \
   X(feature_alignment_backward, (const FeatureAlignmentGradParams& params, int64_t begin, int64_t end),                \
     (params, begin, end))                                                                                              \
-  X(generalized_conv_forward_pixels, (const GeneralizedConvForwardParams& params, int64_t begin, int64_t end),         \
+  X(generalized_conv_both_pixels, (const GeneralizedConvBothParams& params, int64_t begin, int64_t end),               \
     (params, begin, end))                                                                                              \
-  X(generalized_conv_forward_planes, (const GeneralizedConvForwardParams& params, int64_t begin, int64_t end),         \
+  X(generalized_conv_both_planes, (const GeneralizedConvBothParams& params, int64_t begin, int64_t end),               \
     (params, begin, end))                                                                                              \
   X(generalized_conv_grad_weight_pixels, (const GeneralizedConvWeightParams& params, int64_t begin, int64_t end),      \
     (params, begin, end))                                                                                              \

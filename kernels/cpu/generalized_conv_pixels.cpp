@@ -146,14 +146,15 @@ void generalized_conv_pixels(const GeneralizedConvProductParams& p, int64_t begi
   PixelProduct(p).pixels(begin * kUnitPixels, smaller(end * kUnitPixels, p.B * p.rows * p.columns));
 }
 
-void generalized_conv_forward_pixels(const GeneralizedConvForwardParams& p, int64_t begin, int64_t end) {
+void generalized_conv_both_pixels(const GeneralizedConvBothParams& p, int64_t begin, int64_t end) {
   const int64_t pixels = p.values.rows * p.values.columns, between = pixels * p.values.N;
   if (!scratch.reserve(PixelProduct::bytes(p.values) + PixelProduct::bytes(p.result) +
                        Scratch::padded_bytes<float>(between)))
     throw std::bad_alloc();
   PixelProduct values(p.values), result(p.result);
-  float* shifted = scratch.take<float>(between);
+  float* own = p.values.out ? nullptr : scratch.take<float>(between);
   for (int64_t b = begin; b < end; ++b) {
+    float* shifted = own ? own : p.values.out + b * between;
     values.image(p.values.x + b * pixels * p.values.K, shifted);
     result.image(shifted, p.result.out + b * pixels * p.result.N);
   }

@@ -127,14 +127,15 @@ void generalized_conv_planes(const GeneralizedConvProductParams& p, int64_t begi
   }
 }
 
-void generalized_conv_forward_planes(const GeneralizedConvForwardParams& p, int64_t begin, int64_t end) {
+void generalized_conv_both_planes(const GeneralizedConvBothParams& p, int64_t begin, int64_t end) {
   const int64_t pixels = p.values.rows * p.values.columns, between = pixels * p.values.N;
   if (!scratch.reserve(PlaneProduct::bytes(p.values) + PlaneProduct::bytes(p.result) +
                        Scratch::padded_bytes<float>(between)))
     throw std::bad_alloc();
   const PlaneProduct values(p.values), result(p.result);
-  float* shifted = scratch.take<float>(between);
+  float* own = p.values.out ? nullptr : scratch.take<float>(between);
   for (int64_t b = begin; b < end; ++b) {
+    float* shifted = own ? own : p.values.out + b * between;
     values.image(p.values.x + b * pixels * p.values.K, shifted);
     result.image(shifted, p.result.out + b * pixels * p.result.N);
   }

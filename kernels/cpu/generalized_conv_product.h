@@ -54,13 +54,13 @@ inline int64_t generalized_conv_plane_units(const GeneralizedConvProductParams& 
 }
 void generalized_conv_planes(const GeneralizedConvProductParams& params, int64_t begin, int64_t end);
 
-// Both products of images [begin, end), with nothing but one image's values between them: `values` writes what `result`
-// reads. Their out and x are not used.
-struct GeneralizedConvForwardParams {
+// Both products of images [begin, end), one image after the other: `result` reads what `values` has just written, and
+// its x is not used. Where the out of `values` is null they are not kept.
+struct GeneralizedConvBothParams {
   GeneralizedConvProductParams values, result;
 };
-void generalized_conv_forward_pixels(const GeneralizedConvForwardParams& params, int64_t begin, int64_t end);
-void generalized_conv_forward_planes(const GeneralizedConvForwardParams& params, int64_t begin, int64_t end);
+void generalized_conv_both_pixels(const GeneralizedConvBothParams& params, int64_t begin, int64_t end);
+void generalized_conv_both_planes(const GeneralizedConvBothParams& params, int64_t begin, int64_t end);
 
 // Parts [begin, end) of the weight's gradient.
 void generalized_conv_grad_weight_pixels(const GeneralizedConvWeightParams& params, int64_t begin, int64_t end);

@@ -71,11 +71,11 @@ void run_product(const Case& c) {
 }
 
 // Both products at once against one after the other: the same bits.
-void run_forward(const Case& c, int64_t results) {
+void run_both(const Case& c, int64_t results) {
   const int64_t N = c.H * c.D, images = c.B * c.pixels();
   const std::vector<float> x = draw(images * c.K, 6), w_v = draw(N * c.K, 7), w_o = draw(results * N, 8);
   std::vector<float> values(images * N), expected(images * results), out(images * results);
-  GeneralizedConvForwardParams p{};
+  GeneralizedConvBothParams p{};
   p.values.B = p.result.B = c.B, p.values.rows = p.result.rows = c.rows,
   p.values.columns = p.result.columns = c.columns;
   p.values.K = p.values.weight_stride = c.K, p.values.N = N, p.values.H = c.H, p.values.weight = w_v.data();
@@ -89,11 +89,18 @@ void run_forward(const Case& c, int64_t results) {
       else
         generalized_conv_planes(product, 0, generalized_conv_plane_units(product));
     }
-    p.values.out = nullptr, p.result.x = nullptr, p.result.out = out.data();
-    std::fill(out.begin(), out.end(), NAN);
-    const auto kernel = c.last ? generalized_conv_forward_pixels : generalized_conv_forward_planes;
-    kernel(p, 0, 1), kernel(p, 1, c.B);
-    CHECK(out == expected, isa, " K", c.K, " H", c.H, " D", c.D, " ", c.rows, "x", c.columns, c.last ? " last" : "");
+    std::vector<float> kept(values.size(), NAN);
+    p.result.x = nullptr, p.result.out = out.data();
+    const auto kernel = c.last ? generalized_conv_both_pixels : generalized_conv_both_planes;
+    bool same = true;
+    for (float* keep : {kept.data(), static_cast<float*>(nullptr)}) {
+      p.values.out = keep;
+      std::fill(out.begin(), out.end(), NAN);
+      kernel(p, 0, 1), kernel(p, 1, c.B);
+      same = same && out == expected;
+    }
+    CHECK(same && kept == values, isa, " K", c.K, " H", c.H, " D", c.D, " ", c.rows, "x", c.columns,
+          c.last ? " last" : "");
   }
 }
 
@@ -139,7 +146,7 @@ int main() {
                                                  {4, 2, 24, 3, 1}}) {
       for (bool transposed : {false, true})
         for (bool inverse : {false, true}) run_product({2, K, H, D, rows, columns, last, transposed, inverse});
-      run_forward({2, K, H, D, rows, columns, last, false, false}, 7);
+      run_both({2, K, H, D, rows, columns, last, false, false}, 7);
       for (int64_t parts : {1, 2}) run_gradient({2, K, H, D, rows, columns, last, false, false}, parts);
     }
   return report();
