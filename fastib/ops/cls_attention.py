@@ -62,21 +62,23 @@ def cls_attention_maps(
     else:
         with below_autograd():
             probs = _forward(*args)
-    return probs[..., num_prefix_tokens:]
+    return probs.narrow(2, num_prefix_tokens, probs.shape[2] - num_prefix_tokens)
 
 
 def _check(q: Tensor, k: Tensor, num_prefix_tokens: int) -> None:
-    if k.dim() != 4:
-        raise invalid(_NAME, "k", "of shape (B, H, N, D)", tuple(k.shape))
-    if q.shape != (*k.shape[:2], k.shape[3]):
-        raise invalid(_NAME, "q", f"of shape {(*k.shape[:2], k.shape[3])}, as k is {tuple(k.shape)}", tuple(q.shape))
-    if q.dtype not in _backend.DTYPES:
-        raise invalid(_NAME, "q", "float32, bfloat16, float16 or float64", q.dtype)
-    if k.dtype != q.dtype:
-        raise invalid(_NAME, "k", f"{q.dtype} like q", k.dtype)
+    shape, dtype = k.shape, q.dtype
+    if len(shape) != 4:
+        raise invalid(_NAME, "k", "of shape (B, H, N, D)", tuple(shape))
+    B, H, N, D = shape
+    if q.shape != (B, H, D):
+        raise invalid(_NAME, "q", f"of shape {(B, H, D)}, as k is {tuple(shape)}", tuple(q.shape))
+    if dtype not in _backend.DTYPES:
+        raise invalid(_NAME, "q", "float32, bfloat16, float16 or float64", dtype)
+    if k.dtype != dtype:
+        raise invalid(_NAME, "k", f"{dtype} like q", k.dtype)
     check_device(_NAME, "k", k, q.device)
-    if not 0 <= num_prefix_tokens <= k.shape[2]:
-        raise invalid(_NAME, "num_prefix_tokens", f"in [0, N={k.shape[2]}]", num_prefix_tokens)
+    if not 0 <= num_prefix_tokens <= N:
+        raise invalid(_NAME, "num_prefix_tokens", f"in [0, N={N}]", num_prefix_tokens)
 
 
 def _forward_fake(q: Tensor, k: Tensor, *_: Any) -> Tensor:
