@@ -18,6 +18,12 @@
 namespace fastib {
 namespace {
 
+// The order of x, which must have four dimensions.
+const std::vector<int>& order_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must have shape (B, C, rows, columns), but has ", shape_text(x.sizes()));
+  return is_channels_last(x) ? kChannelsLast : kColumnsLast;
+}
+
 // One call: its sizes, x in a layout that the kernels read (copied where it is in neither), and the result.
 struct ShiftCall {
   GeneralizedConvShiftParams params{};
@@ -25,7 +31,7 @@ struct ShiftCall {
 
   ShiftCall(const Tensor& x_in, int64_t num_heads, bool inverse) : x(x_in) {
     GeneralizedConvShiftParams& p = params;
-    STD_TORCH_CHECK(x.dim() == 4, "x must have shape (B, C, rows, columns), but has ", shape_text(x.sizes()));
+    const std::vector<int>& order = order_of(x);
     STD_TORCH_CHECK(num_heads >= 1 && num_heads < 1 << 20, "num_heads must be 1 or more, but is ", num_heads);
     STD_TORCH_CHECK(x.size(1) % num_heads == 0, "x must have a multiple of ", num_heads, " channels, but has ",
                     x.size(1));
@@ -33,8 +39,7 @@ struct ShiftCall {
     check_tensor(x, "x", x.scalar_type(), std::vector<int64_t>(x.sizes().begin(), x.sizes().end()));
     p.element_size = x.element_size(), p.inverse = inverse;
     p.B = x.size(0), p.H = num_heads, p.D = x.size(1) / num_heads, p.rows = x.size(2), p.columns = x.size(3);
-    p.channels_last = is_channels_last(x);
-    const std::vector<int>& order = p.channels_last ? kChannelsLast : kColumnsLast;
+    p.channels_last = &order == &kChannelsLast;
     out = empty_in_order(x, {p.B, x.size(1), p.rows, p.columns}, order);
     if (empty()) return;
     const int dense = order.back();
@@ -67,12 +72,6 @@ Tensor dense_in_order(const Tensor& image, const char* name, const std::vector<i
     elements *= sizes[order[i]];
   }
   return image;
-}
-
-// The order of x, which must have four dimensions.
-const std::vector<int>& order_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must have shape (B, C, rows, columns), but has ", shape_text(x.sizes()));
-  return is_channels_last(x) ? kChannelsLast : kColumnsLast;
 }
 
 // What the products of x are, all but x and out. The weight gets dense rows, the bias dense elements.

@@ -9,6 +9,7 @@
 
 #include "ahead.h"
 #include "gemm_tile.h"
+#include "image_by_image.h"
 #include "part_sum.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
@@ -147,17 +148,7 @@ void generalized_conv_pixels(const GeneralizedConvProductParams& p, int64_t begi
 }
 
 void generalized_conv_both_pixels(const GeneralizedConvBothParams& p, int64_t begin, int64_t end) {
-  const int64_t pixels = p.values.rows * p.values.columns, between = pixels * p.values.N;
-  if (!scratch.reserve(PixelProduct::bytes(p.values) + PixelProduct::bytes(p.result) +
-                       Scratch::padded_bytes<float>(between)))
-    throw std::bad_alloc();
-  PixelProduct values(p.values), result(p.result);
-  float* own = p.values.out ? nullptr : scratch.take<float>(between);
-  for (int64_t b = begin; b < end; ++b) {
-    float* shifted = own ? own : p.values.out + b * between;
-    values.image(p.values.x + b * pixels * p.values.K, shifted);
-    result.image(shifted, p.result.out + b * pixels * p.result.N);
-  }
+  image_by_image<PixelProduct>(p, scratch, begin, end);
 }
 
 void generalized_conv_grad_weight_pixels(const GeneralizedConvWeightParams& p, int64_t begin, int64_t end) {
