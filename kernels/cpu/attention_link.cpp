@@ -10,25 +10,28 @@
 
 #include "ahead.h"
 #include "operand.h"
+#include "part_lanes.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 namespace {
 
 thread_local Scratch scratch;
 
-constexpr int64_t kChannels = 32;  // channels of a block
+constexpr int64_t kChannels = 48;  // channels of a block
+constexpr int kSide = 4;           // of them compared side by side
 
-// Square root of the sum of squares; n is a whole number of vectors. Far from 1 the squares are taken in double.
+// Square root of `square`, the sum of the squares of x (n). Far from 1 they are summed anew, in double.
 template <typename T>
-T norm(const T* x, int64_t n) {
-  constexpr int W = kLanes<T>;
-  Vec<T> sum{};
-  for (int64_t i = 0; i < n; i += W) sum += load(x + i) * load(x + i);
-  const T square = horizontal_sum<T>(sum);
+T norm(T square, const T* x, int64_t n) {
   if (square > T(1e-30) && square < T(1e30)) return std::sqrt(square);
   double wide = 0;
   for (int64_t i = 0; i < n; ++i) wide += static_cast<double>(x[i]) * x[i];
   return static_cast<T>(std::sqrt(wide));
+}
+
+template <typename T>
+T inverse(T norm, T eps) {
+  return 1 / (norm > eps || norm != norm ? norm : eps);
 }
 
 template <typename E>
@@ -46,7 +49,7 @@ class Links {
     const int64_t channels = (p.C + kChannels - 1) / kChannels * kChannels;
     int64_t bytes = Scratch::padded_bytes<U>(channels * left_width) +
                     Scratch::padded_bytes<U>(summed<U>(p.M) * positions) +
-                    Scratch::padded_bytes<T>(kChannels * positions) + Scratch::padded_bytes<T>(positions) +
+                    Scratch::padded_bytes<T>(kChannels * positions) + Scratch::padded_bytes<T>(kSide * positions) +
                     Scratch::padded_bytes<E>(kPaired ? kChannels * maps : 0);
     if (p.gradients)
       bytes +=
@@ -57,7 +60,7 @@ class Links {
     weight = scratch.take<U>(channels * left_width);
     attn = scratch.take<U>(summed<U>(p.M) * positions);
     block = scratch.take<T>(kChannels * positions);
-    target = scratch.take<T>(positions);
+    target = scratch.take<T>(kSide * positions);
     rounded = scratch.take<E>(kPaired ? kChannels * maps : 0);
     if (p.gradients) {
       attn_columns = scratch.take<U>(maps * summed<U>(p.S));
@@ -141,7 +144,9 @@ class Links {
       const int64_t channels = smaller(kChannels, p.C - c0);
       const Range range = linked(c0, channels);
       augment(c0, channels, range, Ahead(only(teachers(b).from(c0)), p.S));
-      for (int64_t c = 0; c < channels; ++c) compare(b, c0 + c, block + c * positions);
+      int64_t c = 0;
+      for (; c + kSide <= channels; c += kSide) compare<kSide>(b, c0 + c, block + c * positions);
+      for (; c < channels; ++c) compare<1>(b, c0 + c, block + c * positions);
       if (p.gradients) add_gradients(c0, channels, range);
     }
     if (p.gradients) {
@@ -165,36 +170,66 @@ class Links {
           store(to + m * stride + v * W, x + bias[m]);
         },
         ahead);
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t s = p.S; s < positions; ++s) block[c * positions + s] = 0;
+    if (p.S < positions)
+      for (int64_t c = 0; c < channels; ++c) {
+        T* last = block + c * positions + positions - W;
+        store(last, load_part(last, p.S - (positions - W)));
+      }
   }
 
-  // One channel's loss; its map a becomes the gradient to it.
+  // The losses of n channels; their maps a become the gradients to them. Side by side, so that no sum waits for itself.
+  template <int n>
   void compare(int64_t b, int64_t c, T* a) {
-    pack_rows(target, positions, teachers(b).from(c), 1, p.S);
-    const T eps = static_cast<T>(p.eps), a_norm = norm(a, positions), t_norm = norm(target, positions);
-    const T a_factor = 1 / (a_norm > eps ? a_norm : a_norm != a_norm ? a_norm : eps);
-    const T t_factor = 1 / (t_norm > eps ? t_norm : t_norm != t_norm ? t_norm : eps);
-    Vec<T> loss{}, along{};
-    for (int64_t s = 0; s < positions; s += W) {
-      const Vec<T> unit = load(a + s) * a_factor, d = unit - load(target + s) * t_factor;
-      loss += d * d;
-      along += d * unit;
-      store(target + s, d);
-      store(a + s, unit);
+    const Rows<const E> teacher = teachers(b).from(c);
+    const T eps = static_cast<T>(p.eps);
+    const int64_t stride = positions;
+    T* const t = target;
+    Vec<T> a_squares[n] = {}, t_squares[n] = {};
+    for (int64_t s = 0; s < stride; s += W)
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) {
+        const Vec<T> x = load(a + i * stride + s), y = load_part(teacher.row(i) + s, p.S - s);
+        store(t + i * stride + s, y);
+        a_squares[i] += x * x;
+        t_squares[i] += y * y;
+      }
+    T a_norm[n], a_factor[n], t_factor[n];
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+      a_norm[i] = norm(horizontal_sum<T>(a_squares[i]), a + i * stride, stride);
+      a_factor[i] = inverse(a_norm[i], eps);
+      t_factor[i] = inverse(norm(horizontal_sum<T>(t_squares[i]), t + i * stride, stride), eps);
     }
-    static_cast<T*>(p.loss)[b * p.C + c] = horizontal_sum<T>(loss);
+    const auto unit = [&](int i, int64_t s) { return load(a + i * stride + s) * a_factor[i]; };
+    const auto unit_t = [&](int i, int64_t s) { return load(t + i * stride + s) * t_factor[i]; };
+    Vec<T> loss[n] = {}, along[n] = {};
+    for (int64_t s = 0; s < stride; s += W)
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) {
+        const Vec<T> u = unit(i, s), d = u - unit_t(i, s);
+        loss[i] += d * d;
+        along[i] += d * u;
+      }
+    const int64_t at = b * p.C + c;
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) static_cast<T*>(p.loss)[at + i] = horizontal_sum<T>(loss[i]);
     if (!p.gradients) return;
-    const T scale = p.scale ? static_cast<const T*>(p.scale)[b * p.C + c] : T(1);
-    const T towards = a_norm > eps ? horizontal_sum<T>(along) : T(0);  // the length of a does not count
-    const T factor = 2 * scale * a_factor;
-    Vec<T> sum{};
-    for (int64_t s = 0; s < positions; s += W) {
-      const Vec<T> gradient = (load(target + s) - load(a + s) * towards) * factor;
-      store(a + s, gradient);
-      sum += gradient;
+    T towards[n], factor[n];
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+      towards[i] = a_norm[i] > eps ? horizontal_sum<T>(along[i]) : T(0);  // the length of a does not count
+      factor[i] = 2 * (p.scale ? static_cast<const T*>(p.scale)[at + i] : T(1)) * a_factor[i];
     }
-    grad_bias[c] += horizontal_sum<T>(sum);
+    Vec<T> sum[n] = {};
+    for (int64_t s = 0; s < stride; s += W)
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) {
+        const Vec<T> u = unit(i, s), gradient = (u - unit_t(i, s) - u * towards[i]) * factor[i];
+        store(a + i * stride + s, gradient);
+        sum[i] += gradient;
+      }
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) grad_bias[c + i] += horizontal_sum<T>(sum[i]);
   }
 
   void add_gradients(int64_t c0, int64_t channels, Range range) {
@@ -226,7 +261,7 @@ class Links {
   int64_t positions, maps, left_width;          // S, M and summed(M) rounded up to whole vectors
   U *weight = nullptr, *weight_down = nullptr;  // (C, left_width), (summed(C), maps)
   U *attn = nullptr, *attn_columns = nullptr;   // (summed(M), positions), (maps / lanes, summed(S), lanes)
-  T *block = nullptr, *target = nullptr;        // (kChannels, positions), (positions,)
+  T *block = nullptr, *target = nullptr;        // (kChannels, positions), (kSide, positions)
   U* block_left = nullptr;                      // (kChannels, positions)
   T *grad_attn = nullptr, *grad_weight = nullptr, *grad_bias = nullptr;  // (maps, positions), (C, maps), (C,)
   E* rounded = nullptr;                                                  // (kChannels, M)
