@@ -22,31 +22,31 @@ template <typename E, typename T>
 T average(T* dst, int64_t padded, Rows<const E> rows, int64_t step, int64_t C) {
   constexpr int W = kLanes<T>;
   const T share = T(1) / static_cast<T>(step);
-  Vec<T> total{};
+  TurnedSum<T> total;
   for (int64_t c = 0; c < padded; c += W) {
     for (int64_t r = 0; step > 1 && r < step; ++r) __builtin_prefetch(rows.row(kAhead * step + r) + c, 0, 2);
     Vec<T> sum = load_part(rows.row(0) + c, C - c);
     for (int64_t r = 1; r < step; ++r) sum += load_part(rows.row(r) + c, C - c);
     if (step > 1) sum *= share;
     store(dst + c, sum);
-    total += sum;
+    total.add(sum);
   }
-  return horizontal_sum<T>(total);
+  return total.total();
 }
 
 // Subtracts `mean` from the first C of a padded row; returns 1 / sqrt(sum of squares + C eps).
 template <typename T>
 T center(T* x, int64_t padded, int64_t C, T mean, double eps) {
   constexpr int W = kLanes<T>;
-  Vec<T> squares{};
+  TurnedSum<T> squares;
   for (int64_t c = 0; c < padded; c += W) {
     Vec<T> value = load(x + c) - mean;
     if (c + W > C)
       for (int64_t l = C - c; l < W; ++l) value[l] = 0;
     store(x + c, value);
-    squares += value * value;
+    squares.add(value * value);
   }
-  return 1 / std::sqrt(horizontal_sum<T>(squares) + static_cast<T>(C * eps));
+  return 1 / std::sqrt(squares.total() + static_cast<T>(C * eps));
 }
 
 template <typename E>
@@ -68,16 +68,16 @@ void forward(const FeatureAlignmentParams& p, int64_t begin, int64_t end) {
     const T channels = static_cast<T>(p.C);
     const T s_factor = center(s, padded, p.C, p.center ? s_sum / channels : T(0), p.eps);
     const T t_factor = center(t, padded, p.C, p.center ? t_sum / channels : T(0), p.eps);
-    Vec<T> squares{}, products{};
+    TurnedSum<T> squares, products;
     for (int64_t c = 0; c < padded; c += W) {
       const Vec<T> unit = load(s + c) * s_factor, difference = unit - load(t + c) * t_factor;
-      squares += difference * difference;
-      products += difference * unit;
+      squares.add(difference * difference);
+      products.add(difference * unit);
       store(s + c, unit), store(t + c, difference);
     }
-    static_cast<T*>(p.loss)[u] = horizontal_sum<T>(squares);
+    static_cast<T*>(p.loss)[u] = squares.total();
     if (!p.direction) continue;
-    const T along = horizontal_sum<T>(products);
+    const T along = products.total();
     E* direction = static_cast<E*>(p.direction) + u * p.C;
     for (int64_t c = 0; c < p.C; c += W) store_part(direction + c, load(t + c) - load(s + c) * along, p.C - c);
     static_cast<T*>(p.factor)[u] = 2 * s_factor;

@@ -153,6 +153,20 @@ inline T horizontal_sum(Vec<T> x) {
   return fold_lanes<T>(x, [](Vec<T> a, Vec<T> b) { return a + b; });
 }
 
+// A sum in two parts that take turns, so that no addition waits for the one before it.
+template <typename T>
+class TurnedSum {
+ public:
+  void add(Vec<T> x) {
+    const Vec<T> sum = first_ + x;
+    first_ = second_, second_ = sum;
+  }
+  T total() const { return horizontal_sum<T>(first_ + second_); }
+
+ private:
+  Vec<T> first_{}, second_{};
+};
+
 template <typename T>
 inline T horizontal_max(Vec<T> x) {
   return fold_lanes<T>(x, [](Vec<T> a, Vec<T> b) { return maximum<T>(a, b); });
