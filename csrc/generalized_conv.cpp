@@ -18,10 +18,10 @@
 namespace fastib {
 namespace {
 
-// The order of x, which must have four dimensions.
-const std::vector<int>& order_of(const Tensor& x) {
+// Whether x, which must have four dimensions, counts as channels last.
+bool channels_last(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 4, "x must have shape (B, C, rows, columns), but has ", shape_text(x.sizes()));
-  return is_channels_last(x) ? kChannelsLast : kColumnsLast;
+  return is_channels_last(x);
 }
 
 // One call: its sizes, x in a layout that the kernels read (copied where it is in neither), and the result.
@@ -31,7 +31,8 @@ struct ShiftCall {
 
   ShiftCall(const Tensor& x_in, int64_t num_heads, bool inverse) : x(x_in) {
     GeneralizedConvShiftParams& p = params;
-    const std::vector<int>& order = order_of(x);
+    p.channels_last = channels_last(x);
+    const std::vector<int>& order = image_order(p.channels_last);
     STD_TORCH_CHECK(num_heads >= 1 && num_heads < 1 << 20, "num_heads must be 1 or more, but is ", num_heads);
     STD_TORCH_CHECK(x.size(1) % num_heads == 0, "x must have a multiple of ", num_heads, " channels, but has ",
                     x.size(1));
@@ -39,7 +40,6 @@ struct ShiftCall {
     check_tensor(x, "x", x.scalar_type(), std::vector<int64_t>(x.sizes().begin(), x.sizes().end()));
     p.element_size = x.element_size(), p.inverse = inverse;
     p.B = x.size(0), p.H = num_heads, p.D = x.size(1) / num_heads, p.rows = x.size(2), p.columns = x.size(3);
-    p.channels_last = &order == &kChannelsLast;
     out = empty_in_order(x, {p.B, x.size(1), p.rows, p.columns}, order);
     if (empty()) return;
     const int dense = order.back();
@@ -95,13 +95,13 @@ GeneralizedConvProductParams make_product(const Tensor& x, int64_t channels, Ten
 }
 
 Tensor product(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t num_heads, bool inverse, bool transposed) {
-  const std::vector<int>& order = order_of(x);
+  const bool last = channels_last(x);
+  const std::vector<int>& order = image_order(last);
   x = dense_in_order(x, "x", order);
   GeneralizedConvProductParams p = make_product(x, x.size(1), weight, bias, num_heads, transposed);
   Tensor out = empty_in_order(x, {p.B, p.N, p.rows, p.columns}, order);
   if (out.numel() == 0) return out;
   p.inverse = inverse, p.x = x.const_data_ptr<float>(), p.out = out.mutable_data_ptr<float>();
-  const bool last = &order == &kChannelsLast;
   const auto kernel = last ? generalized_conv_pixels : generalized_conv_planes;
   torch::stable::parallel_for(0, last ? generalized_conv_pixel_units(p) : generalized_conv_plane_units(p), 1,
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
@@ -111,7 +111,8 @@ Tensor product(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t num_
 // The values are empty where they are not kept.
 std::tuple<Tensor, Tensor> both(Tensor x, Tensor w_v, Tensor w_o, std::optional<Tensor> bias, int64_t num_heads,
                                 bool keep) {
-  const std::vector<int>& order = order_of(x);
+  const bool last = channels_last(x);
+  const std::vector<int>& order = image_order(last);
   x = dense_in_order(x, "x", order);
   std::optional<Tensor> none;
   GeneralizedConvBothParams p{};
@@ -124,14 +125,15 @@ std::tuple<Tensor, Tensor> both(Tensor x, Tensor w_v, Tensor w_o, std::optional<
   if (B * rows * columns == 0) return {out, values};
   p.values.x = x.const_data_ptr<float>();
   p.values.out = keep ? values.mutable_data_ptr<float>() : nullptr, p.result.out = out.mutable_data_ptr<float>();
-  const auto kernel = &order == &kChannelsLast ? generalized_conv_both_pixels : generalized_conv_both_planes;
+  const auto kernel = last ? generalized_conv_both_pixels : generalized_conv_both_planes;
   torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return {out, values};
 }
 
 std::tuple<Tensor, Tensor> grad_weight(Tensor grad, Tensor x, bool bias) {
   GeneralizedConvWeightParams p{};
-  const std::vector<int>& order = order_of(x);
+  const bool last = channels_last(x);
+  const std::vector<int>& order = image_order(last);
   STD_TORCH_CHECK(grad.dim() == 4, "grad must have shape (B, C, rows, columns), but has ", shape_text(grad.sizes()));
   grad = dense_in_order(grad, "grad", order), x = dense_in_order(x, "x", order);
   for (int dim : {0, 2, 3})
@@ -150,7 +152,6 @@ std::tuple<Tensor, Tensor> grad_weight(Tensor grad, Tensor x, bool bias) {
   p.grad = grad.const_data_ptr<float>(), p.x = x.const_data_ptr<float>();
   p.weight_parts = weight_parts.mutable_data_ptr<float>();
   p.bias_parts = bias ? bias_parts.mutable_data_ptr<float>() : nullptr;
-  const bool last = &order == &kChannelsLast;
   const auto kernel = last ? generalized_conv_grad_weight_pixels : generalized_conv_grad_weight_planes;
   torch::stable::parallel_for(0, p.parts, 1, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   float *weight_out = weight_sum.mutable_data_ptr<float>(), *bias_out = bias_sum.mutable_data_ptr<float>();

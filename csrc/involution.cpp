@@ -66,11 +66,11 @@ struct Call {
   // An image whose channels or columns are dense, as those of x are.
   Tensor readable(const Tensor& t) const {
     const bool fits = params.channels_last ? t.size(1) == 1 || t.stride(1) == 1 : t.size(3) == 1 || t.stride(3) == 1;
-    return fits ? t : copy_in_order(t, params.channels_last ? kChannelsLast : kColumnsLast);
+    return fits ? t : copy_in_order(t, image_order(params.channels_last));
   }
 
   Tensor empty_image(int64_t rows, int64_t columns) const {
-    return empty_in_order(x, {params.B, params.C, rows, columns}, params.channels_last ? kChannelsLast : kColumnsLast);
+    return empty_in_order(x, {params.B, params.C, rows, columns}, image_order(params.channels_last));
   }
 
   Tensor empty_weight() const {

@@ -119,7 +119,10 @@ inline Tensor empty_in_order(const Tensor& like, const std::vector<int64_t>& siz
 
 // The two orders of a (B, C, rows, columns) image, and which of them `t` is in; an image in neither counts as the
 // first.
-inline const std::vector<int> kColumnsLast = {0, 1, 2, 3}, kChannelsLast = {0, 2, 3, 1};
+inline const std::vector<int>& image_order(bool channels_last) {
+  static const std::vector<int> kColumnsLast = {0, 1, 2, 3}, kChannelsLast = {0, 2, 3, 1};
+  return channels_last ? kChannelsLast : kColumnsLast;
+}
 inline bool is_channels_last(const Tensor& t) { return t.stride(1) == 1 && t.stride(3) != 1; }
 
 // A copy of `t` in that order.
