@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastib import _native
 from fastib.reference.philox import draw_seed
@@ -65,8 +66,14 @@ class Op:
         return self.no_gpu_code
 
     def choose(self, backend: str | None, x: Tensor) -> str:
-        """The backend that runs an input like `x`. Raises RuntimeError where the one asked for cannot."""
+        """The backend that runs an input like `x`. Raises RuntimeError where the one asked for cannot.
+
+        Under forward-mode AD it is the reference, which alone has that derivative.
+        """
+        forward_mode = forward_ad._current_level >= 0
         if backend is None:
+            if forward_mode:
+                return "reference"
             if x.is_cpu:
                 if self.cpu_default == "reference" and not torch.compiler.is_compiling():
                     _native.warn_absent()
@@ -75,6 +82,8 @@ class Op:
         if backend not in BACKENDS:
             raise ValueError(f"{self.name}: backend must be None or one of {BACKENDS}, got {backend!r}")
         reason = self.why_not(backend)
+        if forward_mode and backend != "reference":
+            reason = "it has no forward-mode derivative"
         if reason is None and backend != "reference":
             device = "cpu" if backend == "cpu" else "cuda"
             if x.device.type != device:
@@ -108,6 +117,28 @@ def register(name: str, schema: str, fake: Callable, triton: str | None = None) 
     return getattr(torch.ops.fastib, name).default
 
 
+def register_backward(op: str, name: str, schema: str, fake: Callable, triton: str | None = None) -> Callable:
+    """Registers `fastib::name`, the gradients of `op`, and returns it as a function that has no derivative.
+
+    Called below autograd, unless a graph of the gradients is made. Its arguments are there before: unpacking saved
+    tensors may run a checkpointed forward again.
+    """
+    kernel = register(name, schema, fake, triton)
+
+    def refuse(ctx: Any, *_: Any) -> None:
+        raise _no_second_derivative(op)
+
+    torch.library.register_autograd(f"fastib::{name}", refuse, lib=LIBRARY)
+
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            return kernel(*args)
+        with below_autograd():
+            return kernel(*args)
+
+    return call
+
+
 def _launch_triton(module: str, function: str) -> Callable:
     @functools.cache
     def launcher() -> Callable:
@@ -126,6 +157,44 @@ def _launch_triton(module: str, function: str) -> Callable:
 def below_autograd() -> Any:
     """A context in which a `torch.ops` call goes straight to the kernel; autograd is the caller's affair."""
     return torch._C._AutoDispatchBelowAutograd()
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        return inputs[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: str, tie: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+        ctx.op = op
+        return tuple(g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise _no_second_derivative(ctx.op)
+
+
+def tie(*inputs: Tensor) -> Tensor:
+    """An empty tensor that autograd takes for a function of the inputs, none of which it keeps."""
+    return _Tie.apply(*inputs)
+
+
+def once(op: str, tie: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of a loss that come with it; where a graph of them is made, one that refuses to be differentiated.
+
+    tie: of the inputs that the gradients belong to.
+    """
+    return _Once.apply(op, tie, *gradients) if torch.is_grad_enabled() else gradients
+
+
+def _no_second_derivative(op: str) -> RuntimeError:
+    return RuntimeError(f"{op}: the kernels have no second derivative; pass backend='reference'")
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -189,7 +258,9 @@ def check_probability(op: str, argument: str, p: float) -> None:
 
 
 def check_finite(op: str, argument: str, x: float) -> None:
-    """Raises ValueError where `x` is not a finite number."""
+    """Raises ValueError where `x` is not a finite number. A compiler may know it as a symbol alone."""
+    if torch.compiler.is_compiling():
+        return
     try:
         valid = math.isfinite(x)
     except (TypeError, OverflowError):

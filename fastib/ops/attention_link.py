@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -56,8 +55,9 @@ def attention_link_loss(
     _check(attn, weight, bias, target, mask)
     if reduction not in ("mean", "sum", "none"):
         raise invalid(_NAME, "reduction", "'mean', 'sum' or 'none'", repr(reduction))
-    if not 0.0 <= eps < math.inf:
-        raise invalid(_NAME, "eps", "finite and not negative", eps)
+    _backend.check_finite(_NAME, "eps", eps)
+    if eps < 0:
+        raise invalid(_NAME, "eps", "not negative", eps)
     if _OP.choose(backend, attn) == "reference":
         return attention_link_loss_ref(attn, weight, bias, target, mask=mask, reduction=reduction, eps=eps)
     sums = torch.promote_types(attn.dtype, torch.float32)
@@ -65,7 +65,7 @@ def attention_link_loss(
     compiling = torch.compiler.is_compiling()
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in args[:3])
     if trains and not compiling:
-        loss = _LinkLoss.apply(*args) if reduction == "none" else _LinkLossSum.apply(*args)
+        loss = _LinkLoss.apply(*args) if reduction == "none" else _LinkLossSum.apply(_backend.tie(*args[:3]), *args)
     elif compiling:
         loss = _forward(*args)
     else:
@@ -126,13 +126,12 @@ def _both_fake(attn: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> tuple[Ten
     return _forward_fake(attn, weight), *_backward_fake(attn, attn, weight, bias)
 
 
-def _register(name: str, fake: Any, triton: str) -> Any:
-    return _backend.register(name, SCHEMAS[name], fake, f"attention_link.{triton}")
-
-
-_forward = _register(_NAME, _forward_fake, "attention_link_fwd")
-_backward = _register(f"{_NAME}_backward", _backward_fake, "attention_link_bwd")
-_both = _register(f"{_NAME}_and_gradients", _both_fake, "attention_link_both")
+_FORWARD, _BACKWARD, _BOTH = SCHEMAS
+_forward = _backend.register(_FORWARD, SCHEMAS[_FORWARD], _forward_fake, "attention_link.attention_link_fwd")
+_backward = _backend.register_backward(
+    _NAME, _BACKWARD, SCHEMAS[_BACKWARD], _backward_fake, "attention_link.attention_link_bwd"
+)
+_both = _backend.register(_BOTH, SCHEMAS[_BOTH], _both_fake, "attention_link.attention_link_both")
 _OP = Op(_NAME, gpu="triton")
 
 
@@ -148,26 +147,25 @@ class _LinkLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return _gradients(ctx, grad)
-        with below_autograd():
-            return _gradients(ctx, grad)
+        return _gradients(ctx, grad)
 
 
 class _LinkLossSum(torch.autograd.Function):
     """Their sum, whose gradients come with it: one pass over the maps in all."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
+    def forward(ctx: Any, tie: Tensor, *args: Any) -> Tensor:
         with below_autograd():
             loss, *gradients = _both(*args)
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(tie, *gradients)
         return loss.sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None, None)
+        tie, *gradients = ctx.saved_tensors
+        with torch.no_grad():  # times grad in its own type: float16 may not hold it
+            gradients = [(g.to(grad.dtype) * grad).to(g.dtype) for g in gradients]
+        return (None, *_backend.once(_NAME, tie, *gradients), None, None, None)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -179,9 +177,4 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*_backward(grad, *ctx.saved_tensors, ctx.eps), None, None, None)
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(f"{_NAME}: the kernels have no second derivative; pass backend='reference'")
-
-
 torch.library.register_autograd(f"fastib::{_NAME}", _gradients, setup_context=_save, lib=_backend.LIBRARY)
-torch.library.register_autograd(f"fastib::{_NAME}_backward", _no_second_derivative, lib=_backend.LIBRARY)

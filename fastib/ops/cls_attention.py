@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastib.ops import _backend
-from fastib.ops._backend import Op, below_autograd, check_device, invalid
+from fastib.ops._backend import Op, below_autograd, check_device, check_finite, integer, invalid
 from fastib.reference.cls_attention import cls_attention_maps_ref
 
 _NAME = "cls_attention_maps"
@@ -45,11 +44,12 @@ def cls_attention_maps(
     Raises ValueError for a wrong shape, dtype or range, RuntimeError for a device or backend that does not fit.
     """
     q, k = _backend.autocast(q, k)
+    num_prefix_tokens = integer(_NAME, "num_prefix_tokens", num_prefix_tokens)
     _check(q, k, num_prefix_tokens)
     if scale is None:
         scale = max(q.shape[2], 1) ** -0.5
-    elif not math.isfinite(scale):
-        raise invalid(_NAME, "scale", "a finite number", scale)
+    else:
+        check_finite(_NAME, "scale", scale)
     if over not in ("patches", "all"):
         raise invalid(_NAME, "over", "'patches' or 'all'", repr(over))
     if _OP.choose(backend, q) == "reference":
@@ -77,7 +77,7 @@ def _check(q: Tensor, k: Tensor, num_prefix_tokens: int) -> None:
     if k.dtype != dtype:
         raise invalid(_NAME, "k", f"{dtype} like q", k.dtype)
     check_device(_NAME, "k", k, q.device)
-    if not 0 <= num_prefix_tokens <= N:
+    if num_prefix_tokens > N:
         raise invalid(_NAME, "num_prefix_tokens", f"in [0, N={N}]", num_prefix_tokens)
 
 
@@ -93,8 +93,12 @@ def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor,
 _forward = _backend.register(
     "cls_attention", SCHEMAS["cls_attention"], _forward_fake, "cls_attention.cls_attention_fwd"
 )
-_backward = _backend.register(
-    "cls_attention_backward", SCHEMAS["cls_attention_backward"], _backward_fake, "cls_attention.cls_attention_bwd"
+_backward = _backend.register_backward(
+    _NAME,
+    "cls_attention_backward",
+    SCHEMAS["cls_attention_backward"],
+    _backward_fake,
+    "cls_attention.cls_attention_bwd",
 )
 _OP = Op("cls_attention", gpu="triton")
 
@@ -111,10 +115,7 @@ class _ClsAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return _gradients(ctx, grad)
-        with below_autograd():
-            return _gradients(ctx, grad)
+        return _gradients(ctx, grad)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -126,9 +127,4 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None)
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(f"{_NAME}: the kernels have no second derivative; pass backend='reference'")
-
-
 torch.library.register_autograd("fastib::cls_attention", _gradients, setup_context=_save, lib=_backend.LIBRARY)
-torch.library.register_autograd("fastib::cls_attention_backward", _no_second_derivative, lib=_backend.LIBRARY)

@@ -124,7 +124,7 @@ def _backward_fake(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...
 
 
 _forward = _backend.register(_NAME, SCHEMAS[_NAME], _forward_fake, "depthwise_block.depthwise_block_fwd")
-_backward = _backend.register(
+_backward = _backend.register_backward(_NAME,
     "depthwise_block_backward", SCHEMAS["depthwise_block_backward"], _backward_fake,
     "depthwise_block.depthwise_block_bwd",
 )  # fmt: skip
@@ -144,10 +144,7 @@ class _DepthwiseBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_used: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return _gradients(ctx, grad_out)
-        with below_autograd():
-            return _gradients(ctx, grad_out)
+        return _gradients(ctx, grad_out)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -168,9 +165,4 @@ def _gradients(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | Non
     return (*_backward(grad_out, *ctx.saved_tensors, *ctx.options), *(None,) * 5)
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(f"{_NAME}: the kernels have no second derivative; pass backend='reference'")
-
-
 torch.library.register_autograd(f"fastib::{_NAME}", _gradients, setup_context=_save_registered, lib=_backend.LIBRARY)
-torch.library.register_autograd(f"fastib::{_NAME}_backward", _no_second_derivative, lib=_backend.LIBRARY)

@@ -61,12 +61,13 @@ def feature_alignment_loss(
         raise invalid(_NAME, "eps", "not negative", eps)
     if _OP.choose(backend, student) == "reference":
         return feature_alignment_loss_ref(student, teacher, center=center, eps=eps, reduction=reduction)
-    trains = torch.is_grad_enabled() and student.requires_grad
+    # an exported program may train where the one that was traced did not
+    trains = (torch.is_grad_enabled() and student.requires_grad) or torch.compiler.is_exporting()
     args = (student, teacher, bool(center), float(eps), trains)
     if torch.compiler.is_compiling():
         loss = _forward(*args)[0]
     elif trains:
-        loss = _FeatureAlignment.apply(*args)
+        loss = _FeatureAlignment.apply(_backend.tie(student), *args)
     else:
         with below_autograd():
             loss = _forward(*args)[0]
@@ -81,7 +82,7 @@ def _check(student: Tensor, teacher: Tensor) -> None:
     batch, tokens, channels = student.shape
     if teacher.dim() != 3 or teacher.shape[0] != batch or teacher.shape[2] != channels:
         raise invalid(_NAME, "teacher", f"of shape ({batch}, M, {channels})", tuple(teacher.shape))
-    short, long = sorted((tokens, teacher.shape[1]))
+    short, long = min(tokens, teacher.shape[1]), max(tokens, teacher.shape[1])
     if long % short if short else long:
         expected = f"of a length that divides the student's {tokens} tokens, or is a multiple of it"
         raise invalid(_NAME, "teacher", expected, teacher.shape[1])
@@ -111,7 +112,8 @@ def _backward_fake(grad: Tensor, direction: Tensor, factor: Tensor, tokens: int)
 _forward = _backend.register(
     "feature_alignment", SCHEMAS["feature_alignment"], _forward_fake, "feature_alignment.feature_alignment_fwd"
 )
-_backward = _backend.register(
+_backward = _backend.register_backward(
+    _NAME,
     "feature_alignment_backward",
     SCHEMAS["feature_alignment_backward"],
     _backward_fake,
@@ -124,26 +126,24 @@ class _FeatureAlignment(torch.autograd.Function):
     """The eager path; the dispatcher's own autograd serves compile and export."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
+    def forward(ctx: Any, tie: Tensor, *args: Any) -> Tensor:
         with below_autograd():
-            output = _forward(*args)
-        _save(ctx, args, output)
-        return output[0]
+            loss, *kept = _forward(*args)
+        ctx.tokens = args[0].shape[1]
+        ctx.save_for_backward(tie, *kept)
+        return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with below_autograd():
-            return _gradient(ctx, grad)
+        tie, *kept = ctx.saved_tensors
+        with torch.no_grad():
+            gradient = _backward(grad, *kept, ctx.tokens)
+        return (None, *_backend.once(_NAME, tie, gradient), None, None, None, None)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.tokens = inputs[0].shape[1]
     ctx.save_for_backward(*output[1:])
-
-
-def _save_registered(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save(ctx, inputs, output)
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -151,11 +151,4 @@ def _gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return _backward(grad, *ctx.saved_tensors, ctx.tokens), None, None, None, None
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(f"{_NAME}: the kernels have no second derivative; pass backend='reference'")
-
-
-torch.library.register_autograd(
-    "fastib::feature_alignment", _gradient, setup_context=_save_registered, lib=_backend.LIBRARY
-)
-torch.library.register_autograd("fastib::feature_alignment_backward", _no_second_derivative, lib=_backend.LIBRARY)
+torch.library.register_autograd("fastib::feature_alignment", _gradient, setup_context=_save, lib=_backend.LIBRARY)

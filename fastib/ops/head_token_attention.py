@@ -121,7 +121,8 @@ def _empty_like(t: Tensor) -> Tensor:
 
 
 _forward = _backend.register(_NAME, SCHEMAS[_NAME], _forward_fake, "head_token_attention.head_token_attention_fwd")
-_backward = _backend.register(
+_backward = _backend.register_backward(
+    _NAME,
     f"{_NAME}_backward",
     SCHEMAS[f"{_NAME}_backward"],
     _backward_fake,
@@ -142,10 +143,7 @@ class _HeadTokenAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return _gradients(ctx, grad_out)
-        with below_autograd():
-            return _gradients(ctx, grad_out)
+        return _gradients(ctx, grad_out)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
@@ -166,9 +164,4 @@ def _gradients(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | Non
     return (*_backward(grad_out, *ctx.saved_tensors, *ctx.options), None, None, None)
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(f"{_NAME}: the kernels have no second derivative; pass backend='reference'")
-
-
 torch.library.register_autograd(f"fastib::{_NAME}", _gradients, setup_context=_save_registered, lib=_backend.LIBRARY)
-torch.library.register_autograd(f"fastib::{_NAME}_backward", _no_second_derivative, lib=_backend.LIBRARY)

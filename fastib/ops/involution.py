@@ -95,7 +95,7 @@ def _backward_fake(grad_out: Tensor, x: Tensor, weight: Tensor, stride: int, dil
 
 
 _forward = _backend.register(_NAME, SCHEMAS[_NAME], _forward_fake)
-_backward = _backend.register("involution_backward", SCHEMAS["involution_backward"], _backward_fake)
+_backward = _backend.register_backward(_NAME, "involution_backward", SCHEMAS["involution_backward"], _backward_fake)
 _OP = Op(_NAME, gpu="cuda")
 
 
@@ -111,10 +111,7 @@ class _Involution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return _gradients(ctx, grad_out)
-        with below_autograd():
-            return _gradients(ctx, grad_out)
+        return _gradients(ctx, grad_out)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -130,9 +127,4 @@ def _gradients(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
     return (*_backward(grad_out, *ctx.saved_tensors, *ctx.options), None, None)
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(f"{_NAME}: the kernels have no second derivative; pass backend='reference'")
-
-
 torch.library.register_autograd(f"fastib::{_NAME}", _gradients, setup_context=_save, lib=_backend.LIBRARY)
-torch.library.register_autograd(f"fastib::{_NAME}_backward", _no_second_derivative, lib=_backend.LIBRARY)

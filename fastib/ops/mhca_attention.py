@@ -162,8 +162,12 @@ def _empty_out(q: Tensor) -> Tensor:
 
 
 _forward = _backend.register(_NAME, SCHEMAS[_NAME], _forward_fake, "mhca_attention.mhca_attention_fwd")
-_backward = _backend.register(
-    "mhca_attention_backward", SCHEMAS["mhca_attention_backward"], _backward_fake, "mhca_attention.mhca_attention_bwd"
+_backward = _backend.register_backward(
+    _NAME,
+    "mhca_attention_backward",
+    SCHEMAS["mhca_attention_backward"],
+    _backward_fake,
+    "mhca_attention.mhca_attention_bwd",
 )
 _OP = Op(_NAME, gpu="triton")
 
@@ -180,10 +184,7 @@ class _MHCAAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return _gradients(ctx, grad_out)
-        with below_autograd():
-            return _gradients(ctx, grad_out)
+        return _gradients(ctx, grad_out)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -205,9 +206,4 @@ def _gradients(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | Non
     return (*_backward(grad_out, *ctx.saved_tensors, *ctx.options), *(None,) * 7)
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(f"{_NAME}: the kernels have no second derivative; pass backend='reference'")
-
-
 torch.library.register_autograd(f"fastib::{_NAME}", _gradients, setup_context=_save_registered, lib=_backend.LIBRARY)
-torch.library.register_autograd(f"fastib::{_NAME}_backward", _no_second_derivative, lib=_backend.LIBRARY)
