@@ -35,7 +35,7 @@ Tensor forward(Tensor q, Tensor k, int64_t num_prefix_tokens, double scale, bool
   ClsAttentionParams params = make_params(q, k, scale);
   STD_TORCH_CHECK(num_prefix_tokens >= 0 && num_prefix_tokens <= params.N,
                   "num_prefix_tokens must be in [0, N], but is ", num_prefix_tokens, " with N = ", params.N);
-  Tensor probs = new_empty(k, {params.B, params.H, params.N}, k.scalar_type());
+  Tensor probs = new_empty(k, {params.B, params.H, params.N}, accumulation_dtype(k));
   if (probs.numel() == 0) return probs;
   params.first_key = over_all ? 0 : num_prefix_tokens;
   params.probs = probs.mutable_data_ptr();
@@ -48,8 +48,8 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Tensor prob
   ClsAttentionGradParams params{};
   params.forward = make_params(q, k, scale);
   const int64_t B = params.forward.B, H = params.forward.H, N = params.forward.N, D = params.forward.D;
-  check_cpu_tensor(grad, "grad", k.scalar_type(), {B, H, N});
-  check_cpu_tensor(probs, "probs", k.scalar_type(), {B, H, N});
+  check_cpu_tensor(grad, "grad", accumulation_dtype(k), {B, H, N});
+  check_cpu_tensor(probs, "probs", accumulation_dtype(k), {B, H, N});
   Tensor grad_q = new_empty(q, {B, H, D}, q.scalar_type());
   Tensor grad_k = empty_heads_last(k, B, H, N, D);
   if (q.numel() == 0) return {grad_q, grad_k};

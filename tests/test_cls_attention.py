@@ -152,13 +152,24 @@ def test_empty(target, shape):
     assert not any(g.any() for g in grads)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+@pytest.mark.parametrize("over", ["patches", "all"])
+def test_gradient_with_a_common_offset(target, over, dtype):
+    """A softmax does not see it; nor may its gradient, though the maps are rounded to 16 bits."""
+    q, k, grad_out = draw(2, 3, 37, 24, dtype)
+    check(target, 3 * q, k, (grad_out + 10).to(dtype), over=over)
+
+
 VALUE_ERRORS = [
     ({"k": torch.zeros(2, 10, 4)}, r"k must be of shape \(B, H, N, D\), got \(2, 10, 4\)"),
     ({"q": torch.zeros(2, 3, 5)}, r"q must be of shape \(2, 3, 4\).*got \(2, 3, 5\)"),
     ({"q": torch.zeros(2, 3, 4, dtype=torch.int64)}, r"q must be float32.*got torch.int64"),
     ({"k": torch.zeros(2, 3, 10, 4, dtype=torch.float64)}, r"k must be torch.float32 like q, got torch.float64"),
     ({"num_prefix_tokens": 11}, r"num_prefix_tokens must be in \[0, N=10\], got 11"),
-    ({"num_prefix_tokens": -1}, r"num_prefix_tokens must be in \[0, N=10\], got -1"),
+    ({"num_prefix_tokens": None}, "num_prefix_tokens must be an int, got None"),
+    ({"num_prefix_tokens": 1.0}, "num_prefix_tokens must be an int, got 1.0"),
+    ({"scale": "a"}, "scale must be a finite number, got 'a'"),
+    ({"num_prefix_tokens": -1}, "num_prefix_tokens must be 0 or more, got -1"),
     ({"scale": float("nan")}, r"scale must be a finite number, got nan"),
     ({"over": "keys"}, r"over must be 'patches' or 'all', got 'keys'"),
     ({"backend": "gpu"}, r"backend must be None or one of .*got 'gpu'"),

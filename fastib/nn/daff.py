@@ -25,7 +25,8 @@ class DAFF(nn.Module):
 
     dim: channels of input and output. hidden_dim: channels inside, 4 dim where None. grid_size: patches (grid_h,
     grid_w), may be reassigned. reduction: of the channels between reduce and expand.
-    backend: of `fastib.ops.depthwise_block`, which computes all between conv1 and conv3 in passes that store nothing.
+    backend: of `fastib.ops.depthwise_block`, which computes all between conv1 and conv3 in passes that store nothing,
+        unless one of these layers was replaced, pruned or has hooks: then they run one by one.
     `nn.SyncBatchNorm.convert_sync_batchnorm` makes its norms synchronised ones; they run layer by layer.
     """
 
@@ -65,9 +66,14 @@ class DAFF(nn.Module):
         return torch.cat((cls * weight.unsqueeze(1), y), dim=1)
 
     def _can_fuse(self, hidden: Tensor) -> bool:
-        """Plain BatchNorms in one mode, as they are built; synchronised ones need all processes between the passes."""
+        """Plain layers as they are built, without hooks, and the norms in one mode.
+
+        Synchronised norms need all processes between the passes.
+        """
         norms, (batch, places, _) = (self.norm1, self.norm2), hidden.shape
         plain = all(type(norm) is nn.BatchNorm2d and norm.affine for norm in norms)
+        plain = plain and type(self.conv2) is nn.Conv2d and self.conv2.bias is not None
+        plain = plain and not any(map(_has_hooks, (*norms, self.conv2)))
         return plain and len({takes_statistics(norm) for norm in norms}) == 1 and batch * places > 1
 
     def _fused(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -91,6 +97,10 @@ class DAFF(nn.Module):
 
     def extra_repr(self) -> str:
         return f"grid_size={self.grid_size}"
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks))
 
 
 def _on_grid(layer: Callable[[Tensor], Tensor], x: Tensor, grid: tuple[int, int]) -> Tensor:

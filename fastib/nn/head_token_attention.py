@@ -72,7 +72,7 @@ class HeadTokenAttention(nn.Module):
         )  # fmt: skip
         out = self.proj(out.transpose(1, 2).flatten(2))
         if self.proj.bias is not None:  # the bias of the head tokens' projections, whose mean it is
-            out[:, 0].add_(self.proj.bias)
+            out = out.select_scatter((out[:, 0] + self.proj.bias).to(out.dtype), dim=1, index=0)
         return self.proj_drop(out)
 
     @torch.no_grad()

@@ -62,7 +62,8 @@ def cls_attention_maps(
     else:
         with below_autograd():
             probs = _forward(*args)
-    return probs.narrow(2, num_prefix_tokens, probs.shape[2] - num_prefix_tokens)
+    probs = probs.narrow(2, num_prefix_tokens, probs.shape[2] - num_prefix_tokens)
+    return probs if probs.dtype == q.dtype else probs.to(q.dtype)
 
 
 def _check(q: Tensor, k: Tensor, num_prefix_tokens: int) -> None:
@@ -82,7 +83,8 @@ def _check(q: Tensor, k: Tensor, num_prefix_tokens: int) -> None:
 
 
 def _forward_fake(q: Tensor, k: Tensor, *_: Any) -> Tensor:
-    return k.new_empty(k.shape[:3])
+    """Not rounded to a 16-bit k: the gradient of a softmax needs probabilities whose sum is 1."""
+    return k.new_empty(k.shape[:3], dtype=torch.promote_types(k.dtype, torch.float32))
 
 
 def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

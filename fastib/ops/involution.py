@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastib.ops import _backend
-from fastib.ops._backend import Op, below_autograd, check_device, invalid
+from fastib.ops._backend import Op, below_autograd, check_device, integer, invalid
 from fastib.reference.involution import involution_ref
 
 _NAME = "involution"
@@ -39,7 +39,8 @@ def involution(x: Tensor, weight: Tensor, *, stride: int = 1, dilation: int = 1,
     Raises ValueError for a wrong shape, dtype or range, RuntimeError for a device or backend that does not fit.
     """
     x, weight = _backend.autocast(x, weight)
-    _check(x, weight, stride, dilation)
+    stride, dilation = _step("stride", stride), _step("dilation", dilation)
+    _check(x, weight, stride)
     if _OP.choose(backend, x) == "reference":
         return involution_ref(x, weight, stride=stride, dilation=dilation)
     if torch.compiler.is_compiling():
@@ -50,10 +51,16 @@ def involution(x: Tensor, weight: Tensor, *, stride: int = 1, dilation: int = 1,
         return _forward(x, weight, stride, dilation)
 
 
-def _check(x: Tensor, weight: Tensor, stride: int, dilation: int) -> None:
-    for name, value in (("stride", stride), ("dilation", dilation)):
-        if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < 1:
-            raise invalid(_NAME, name, "an int, 1 or more", repr(value))
+def _step(name: str, value: int) -> int:
+    if isinstance(value, bool):
+        raise invalid(_NAME, name, "an int", repr(value))
+    value = integer(_NAME, name, value, lowest=1)
+    if value >= 1 << 20:
+        raise invalid(_NAME, name, "below 2^20", value)
+    return value
+
+
+def _check(x: Tensor, weight: Tensor, stride: int) -> None:
     if x.dim() != 4:
         raise invalid(_NAME, "x", "of shape (B, C, Hi, Wi)", tuple(x.shape))
     if weight.dim() != 6:

@@ -156,9 +156,9 @@ void forward(const ClsAttentionParams& p, int64_t begin, int64_t end) {
       T* s = scores + h * padded;
       for (int64_t j = keys; j < padded; ++j) s[j] = -std::numeric_limits<T>::infinity();
       softmax(s, padded);
-      E* probs = static_cast<E*>(p.probs) + (unit.b * p.H + unit.first + h) * p.N;
-      for (int64_t i = 0; i < p.first_key; ++i) store_float(probs + i, T(0));
-      unpack_rows(Rows<E>{probs + p.first_key, 0}, s, padded, 1, keys, T(1));
+      T* probs = static_cast<T*>(p.probs) + (unit.b * p.H + unit.first + h) * p.N;
+      for (int64_t i = 0; i < p.first_key; ++i) probs[i] = T(0);
+      std::memcpy(probs + p.first_key, s, keys * sizeof(T));
     }
   }
 }
@@ -237,11 +237,10 @@ void backward(const ClsAttentionGradParams& g, int64_t begin, int64_t end) {
     E* grad_q_rows = static_cast<E*>(g.grad_q) + unit.b * g.grad_q_stride[0] + unit.first * g.grad_q_stride[1];
     for (int64_t h = 0; h < unit.heads; ++h) {
       const int64_t row = (unit.b * p.H + unit.first + h) * p.N;
-      const E* probs = static_cast<const E*>(p.probs) + row;
-      const E* grad = static_cast<const E*>(g.grad) + row;
+      const T* probs = static_cast<const T*>(p.probs) + row;
+      const T* grad = static_cast<const T*>(g.grad) + row;
       const T delta = dot(probs, grad, p.N);
-      for (int64_t j = 0; j < p.N; ++j)
-        ds[h * p.N + j] = load_float(probs + j) * (load_float(grad + j) - delta) * static_cast<T>(p.scale);
+      for (int64_t j = 0; j < p.N; ++j) ds[h * p.N + j] = probs[j] * (grad[j] - delta) * static_cast<T>(p.scale);
       pack_query(q + h * width, q_rows + h * p.q_stride[1], p.D, T(1));
     }
     for (int64_t i = 0; i < unit.heads * width; ++i) grad_q[i] = 0;

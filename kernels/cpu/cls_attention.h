@@ -20,12 +20,12 @@ struct ClsAttentionParams {
   const void* k;      // (B, H, N, D)
   int64_t q_stride[2], k_stride[3];
   double scale;
-  void* probs;  // (B, H, N) dense; read by the backward
+  void* probs;  // (B, H, N) dense, float32 (float64 where dtype is); read by the backward
 };
 
 struct ClsAttentionGradParams {
   ClsAttentionParams forward;
-  const void* grad;  // (B, H, N) dense
+  const void* grad;  // (B, H, N) dense, as probs
   void* grad_q;      // (B, H, D)
   void* grad_k;      // (B, H, N, D)
   int64_t grad_q_stride[2], grad_k_stride[3];

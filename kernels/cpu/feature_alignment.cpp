@@ -34,19 +34,29 @@ T average(T* dst, int64_t padded, Rows<const E> rows, int64_t step, int64_t C) {
   return total.total();
 }
 
-// Subtracts `mean` from the first C of a padded row; returns 1 / sqrt(sum of squares + C eps).
+// A token less a rounded mean: what the rounding left of its mean, and 1 / sqrt(sum of squares about it + C eps).
 template <typename T>
-T center(T* x, int64_t padded, int64_t C, T mean, double eps) {
+struct Centered {
+  T rest, factor;
+};
+
+// Subtracts `mean` from the first C of a padded row; behind them stands what is left of it.
+template <typename T>
+Centered<T> center(T* x, int64_t padded, int64_t C, bool centers, T mean, double eps) {
   constexpr int W = kLanes<T>;
-  TurnedSum<T> squares;
+  TurnedSum<T> total, squares;
   for (int64_t c = 0; c < padded; c += W) {
     Vec<T> value = load(x + c) - mean;
     if (c + W > C)
       for (int64_t l = C - c; l < W; ++l) value[l] = 0;
     store(x + c, value);
+    total.add(value);
     squares.add(value * value);
   }
-  return 1 / std::sqrt(squares.total() + static_cast<T>(C * eps));
+  const T channels = static_cast<T>(C), rest = centers ? total.total() / channels : T(0);
+  for (int64_t c = C; c < padded; ++c) x[c] = rest;
+  const T square = squares.total() - channels * rest * rest;
+  return {rest, 1 / std::sqrt((square < 0 ? T(0) : square) + static_cast<T>(C * eps))};
 }
 
 template <typename E>
@@ -66,11 +76,11 @@ void forward(const FeatureAlignmentParams& p, int64_t begin, int64_t end) {
     const T s_sum = average(s, padded, students, p.student_step, p.C);
     const T t_sum = average(t, padded, teachers, p.teacher_step, p.C);
     const T channels = static_cast<T>(p.C);
-    const T s_factor = center(s, padded, p.C, p.center ? s_sum / channels : T(0), p.eps);
-    const T t_factor = center(t, padded, p.C, p.center ? t_sum / channels : T(0), p.eps);
+    const auto [s_rest, s_factor] = center(s, padded, p.C, p.center, p.center ? s_sum / channels : T(0), p.eps);
+    const auto [t_rest, t_factor] = center(t, padded, p.C, p.center, p.center ? t_sum / channels : T(0), p.eps);
     TurnedSum<T> squares, products;
     for (int64_t c = 0; c < padded; c += W) {
-      const Vec<T> unit = load(s + c) * s_factor, difference = unit - load(t + c) * t_factor;
+      const Vec<T> unit = (load(s + c) - s_rest) * s_factor, difference = unit - (load(t + c) - t_rest) * t_factor;
       squares.add(difference * difference);
       products.add(difference * unit);
       store(s + c, unit), store(t + c, difference);

@@ -43,7 +43,7 @@ def cls_attention_fwd_kernel(
     if SINGLE:
         j, s = _scores(q, k_ptr, stride_kn, 0, first_key, N, D, BLOCK_N, BLOCK_D)
         p = tl.exp2(s - tl.max(s, 0))
-        tl.store(probs_ptr + j, (p / tl.sum(p, 0)).to(probs_ptr.dtype.element_ty), mask=j < N)
+        tl.store(probs_ptr + j, p / tl.sum(p, 0), mask=j < N)
     else:
         top = tl.full((BLOCK_N,), -float("inf"), tl.float32)  # per lane, like the sum
         norm = tl.zeros((BLOCK_N,), tl.float32)
@@ -57,7 +57,7 @@ def cls_attention_fwd_kernel(
         total = tl.sum(norm * tl.exp2(top - peak), 0)
         for start in range(0, N, BLOCK_N):
             j, s = _scores(q, k_ptr, stride_kn, start, first_key, N, D, BLOCK_N, BLOCK_D)
-            tl.store(probs_ptr + j, (tl.exp2(s - peak) / total).to(probs_ptr.dtype.element_ty), mask=j < N)
+            tl.store(probs_ptr + j, tl.exp2(s - peak) / total, mask=j < N)
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -65,7 +65,7 @@ def cls_attention_bwd_kernel(
     grad_ptr, q_ptr, k_ptr, probs_ptr, dq_ptr, dk_ptr, stride_qb, stride_qh, stride_kb, stride_kh, stride_kn,
     H, N, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq (B, H, D) dense, dk laid out as a dense (B, N, H, D); grad and probs (B, H, N) dense."""
+    """dq (B, H, D) dense, dk laid out as a dense (B, N, H, D); grad and probs (B, H, N) dense, float32."""
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // H, bh % H
     k_ptr += b * stride_kb + h * stride_kh
@@ -77,14 +77,14 @@ def cls_attention_bwd_kernel(
     q = tl.load(q_ptr + b * stride_qb + h * stride_qh + dims, mask=dims < D, other=0.0).to(tl.float32)
     along = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, N, BLOCK_N):
-        p = tl.load(probs_ptr + start + lane, mask=start + lane < N, other=0.0).to(tl.float32)
-        along += p * tl.load(grad_ptr + start + lane, mask=start + lane < N, other=0.0).to(tl.float32)
+        p = tl.load(probs_ptr + start + lane, mask=start + lane < N, other=0.0)
+        along += p * tl.load(grad_ptr + start + lane, mask=start + lane < N, other=0.0)
     delta = tl.sum(along, 0)
     dq = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, N, BLOCK_N):
         j = start + lane
-        p = tl.load(probs_ptr + j, mask=j < N, other=0.0).to(tl.float32)
-        ds = p * (tl.load(grad_ptr + j, mask=j < N, other=0.0).to(tl.float32) - delta) * scale
+        p = tl.load(probs_ptr + j, mask=j < N, other=0.0)
+        ds = p * (tl.load(grad_ptr + j, mask=j < N, other=0.0) - delta) * scale
         inside = (j < N)[:, None] & (dims < D)[None, :]
         row = j[:, None].to(tl.int64)
         keys = tl.load(k_ptr + row * stride_kn + dims[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -103,10 +103,10 @@ def _dense_last(q: torch.Tensor) -> torch.Tensor:
 
 
 def cls_attention_fwd(q, k, num_prefix_tokens, scale, over_all):
-    """probs (B, H, N) in k's dtype. Arguments: the native op's. RuntimeError for a dtype or a size not taken."""
+    """probs (B, H, N), float32. Arguments: the native op's. RuntimeError for a dtype or a size not taken."""
     check_supported("cls_attention", k)
     B, H, N, D = k.shape
-    probs = k.new_empty((B, H, N))
+    probs = k.new_empty((B, H, N), dtype=torch.float32)
     first_key = 0 if over_all else num_prefix_tokens
     if probs.numel() == 0 or first_key == N:
         return probs.zero_()

@@ -28,7 +28,8 @@ def _unit_tokens(
     if STEP > 1:
         x = x * (1.0 / STEP)
     if CENTER:
-        x = tl.where(inside, x - (tl.sum(x, 1) / C)[:, None], 0.0)
+        for _ in tl.static_range(2):  # once more for what the first mean's rounding left
+            x = tl.where(inside, x - (tl.sum(x, 1) / C)[:, None], 0.0)
     factor = 1.0 / tl.sqrt(tl.sum(x * x, 1) + C * eps)
     return x * factor[:, None], factor
 

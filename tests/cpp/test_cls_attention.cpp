@@ -34,8 +34,10 @@ Tensor<E, n> dense(const int64_t (&shape)[n]) {
 
 template <typename E>
 struct Problem {
+  using Wide = std::conditional_t<std::is_same_v<E, double>, double, float>;
   const Case& c;
-  Tensor<E, 3> q, probs, grad, grad_q;
+  Tensor<E, 3> q, grad_q;
+  Tensor<Wide, 3> probs, grad;
   Tensor<E, 4> k, grad_k;
   std::vector<double> qs, ks, gs;
   double scale = 0.3;
@@ -43,15 +45,15 @@ struct Problem {
   explicit Problem(const Case& c)
       : c(c),
         q(dense<E, 3>({c.B, c.H, c.D})),
-        probs(dense<E, 3>({c.B, c.H, c.N})),
-        grad(probs),
         grad_q(q),
+        probs(dense<Wide, 3>({c.B, c.H, c.N})),
+        grad(probs),
         k(keys<E>(c)),
         grad_k(k) {
     std::mt19937 random(static_cast<unsigned>(c.N * 31 + c.D));
     std::normal_distribution<double> normal;
     const auto draw = [&](std::vector<double>& values) {
-      return [&](E& e) { e = Element<E>::from(normal(random)), values.push_back(Element<E>::to(e)); };
+      return [&]<typename T>(T& e) { e = Element<T>::from(normal(random)), values.push_back(Element<T>::to(e)); };
     };
     q.each(draw(qs)), k.each(draw(ks)), grad.each(draw(gs));
   }
@@ -69,14 +71,15 @@ struct Problem {
   }
 
   void clear() {
-    for (auto* data : {&probs.data, &grad_q.data, &grad_k.data}) data->assign(data->size(), Element<E>::from(kGuard));
+    probs.data.assign(probs.data.size(), Element<Wide>::from(kGuard));
+    for (auto* data : {&grad_q.data, &grad_k.data}) data->assign(data->size(), Element<E>::from(kGuard));
   }
 
   // The gradients are those of the probabilities as they are stored.
   void check(const std::string& where) {
     std::vector<double> exact, size, stored, exact_q(qs.size()), size_q(qs.size()), exact_k(ks.size()),
         size_k(ks.size());
-    probs.each([&](E& e) { stored.push_back(Element<E>::to(e)); });
+    probs.each([&](Wide& e) { stored.push_back(e); });
     for (int64_t row = 0; row < c.B * c.H; ++row) {
       const double *query = &qs[row * c.D], *key = &ks[row * c.N * c.D];
       std::vector<double> s(c.N), terms(c.N);

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from fastib.nn import DAFF
 
@@ -154,3 +155,35 @@ def test_other_grids():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=f"DAFF: {message}"):
         DAFF(**options)
+
+
+def test_replaced_layers_and_hooks_are_run():
+    """What stands in a layer's place, prunes it or listens to it is called: the fused operator gives way."""
+
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    module, x = shaken(8, 20, (3, 5)), tokens(3, 16, 8)
+    plain, names = published(module, x, (3, 5), True), []
+    hooks = [layer.register_forward_hook(lambda *_, name=name: names.append(name))
+             for name, layer in module.named_children()]  # fmt: skip
+    torch.testing.assert_close(module(x), plain, rtol=1e-9, atol=1e-9)
+    assert {"norm1", "conv2", "norm2"} <= set(names)
+    for hook in hooks:
+        hook.remove()
+
+    prune.l1_unstructured(module.conv2, "weight", 0.5)
+    assert (module.conv2.weight == 0).sum() == 90
+    for _ in range(2):
+        module(x).square().sum().backward()
+    torch.testing.assert_close(module(x), published(module, x, (3, 5), True), rtol=1e-9, atol=1e-9)
+
+    module = shaken(8, 20, (3, 5))
+    doubled = Doubled(20, 20, 3, padding=1, groups=20).double()
+    doubled.load_state_dict(module.conv2.state_dict())
+    with torch.no_grad():
+        module.conv2.weight.mul_(2), module.conv2.bias.mul_(2)
+    expected = published(module, x, (3, 5), False)
+    module.conv2 = doubled
+    torch.testing.assert_close(module.eval()(x), expected, rtol=1e-9, atol=1e-9)

@@ -125,3 +125,20 @@ def test_errors():
     for masked in ({"attn_mask": torch.zeros(5, 5)}, {"is_causal": True}):
         with pytest.raises(ValueError, match="attn_mask must be None and is_causal False"):
             module(torch.zeros(1, 5, 12), **masked)
+
+
+def test_hooks_on_the_projection_keep_what_they_saw():
+    """Full backward hooks on every layer work, and an output taken by a hook does not change afterwards."""
+    module, x = shaken(12, 3), tokens(2, 7, 12)
+    expected = published(module, x)
+    seen = []
+    module.proj.register_forward_hook(lambda _, inputs, out: seen.append((inputs[0], out)))
+    for layer in module.modules():
+        layer.register_full_backward_hook(lambda *_: None)
+    out = module(x)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    projected, result = seen[0]
+    torch.testing.assert_close(result, F.linear(projected, module.proj.weight, module.proj.bias), rtol=0, atol=0)
+    (gradient,) = torch.autograd.grad(out.square().sum(), x)
+    (exact,) = torch.autograd.grad(expected.square().sum(), x)
+    torch.testing.assert_close(gradient, exact, rtol=1e-8, atol=1e-8)
