@@ -133,7 +133,7 @@ def make_job(case: Case) -> Job:
             Peer("plain sum", lambda: inputs.step("none"), gated=False, note="no alignment: the floor"),
         ],
         reference=inputs.reference,
-        allowed=dict.fromkeys(SEEN, 2e-5 if case.device == "cpu" else 1e-2),  # convolutions round to TF32 on a GPU
+        allowed=dict.fromkeys(SEEN, 2e-5 if case.device == "cpu" else 1e-3),  # a GPU may take Winograd's algorithm
         goals=(Goal(1.1, ("plain sum",)),),
         release=inputs.release,
         seconds=30.0,

@@ -5,7 +5,8 @@
 #
 # --dry-run  does what can be done without a GPU, in less time, so that the script itself can be tried.
 # PYTHON     the interpreter (python3)            OUT      where logs and results go (benchmarks/results)
-# LIMIT      seconds in all (530)                 WORKERS  test processes (a quarter of the cores, at most 4)
+# LIMIT      seconds in all (530)                 WORKERS  test processes (three quarters of the cores, at most 12)
+# Where a command may take ten minutes: "build tests sanitizer" first, "bench report" in a second one.
 # A failing step does not stop the next one. The exit status is 0 where every step passed or had nothing to do.
 set -uo pipefail
 
@@ -13,8 +14,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
 LIMIT=${LIMIT:-530}
-cores=$(nproc)
-WORKERS=${WORKERS:-$((cores >= 16 ? 4 : cores >= 4 ? cores / 4 : 1))}
+cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+WORKERS=${WORKERS:-$((cores >= 16 ? 12 : cores >= 4 ? cores * 3 / 4 : 1))}
 
 dry_run=0
 steps=()
@@ -22,7 +23,7 @@ for argument in "$@"; do
   case $argument in
     --dry-run) dry_run=1 ;;
     build | tests | sanitizer | bench | report) steps+=("$argument") ;;
-    *) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+    *) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
   esac
 done
 [ ${#steps[@]} -gt 0 ] || steps=(build tests sanitizer bench report)
@@ -69,21 +70,22 @@ build() {
   step build 170 "$PYTHON" -m pip install --no-build-isolation --no-deps -e .
 }
 
+# The cases that need a GPU; all others, those of the interpreter and of machine code too, run in `make test`.
 tests() {
-  local parallel=()
-  [ "$WORKERS" -gt 1 ] && has_module xdist && parallel=(-n "$WORKERS" --dist loadfile)
-  # Collection errors of files whose packages are missing must not hide the other files' results.
-  OMP_NUM_THREADS=$((cores / WORKERS > 4 ? 4 : cores / WORKERS)) \
-    step tests "$1" "$PYTHON" -m pytest tests -q -rs --tb=short --continue-on-collection-errors -p no:cacheprovider \
-    ${parallel[@]+"${parallel[@]}"}
+  local parallel=() files
+  files=$(ls tests/test_*.py | grep -v -e _triton.py -e _cuda.py)
+  [ "$WORKERS" -gt 1 ] && has_module xdist && parallel=(-n "$WORKERS" --dist worksteal)
+  OMP_NUM_THREADS=1 \
+    step tests "$1" "$PYTHON" -m pytest $files -k "triton or cuda or gpu" -q -rs --tb=short \
+    --continue-on-collection-errors -p no:cacheprovider ${parallel[@]+"${parallel[@]}"}
 }
 
 sanitizer() {
   local found=0 source op
   for source in kernels/cuda/*.cu; do
-    [ -e "$source" ] || continue
-    found=1
     op=$(basename "$source" .cu)
+    [ -e "benchmarks/bench_$op.py" ] || continue
+    found=1
     if [ $gpu -eq 0 ]; then
       note "sanitizer $op" skipped 0 "no GPU"
     elif ! command -v compute-sanitizer >/dev/null; then
@@ -104,6 +106,7 @@ bench() {
     return
   fi
   [ $dry_run -eq 1 ] && options+=(--quick -k "D16 and not memory or host")
+  [ $gpu -eq 1 ] && options+=(--bench-seconds 0.5)  # a round is short there; building the compiled peers is not
   # A case that has begun is finished: what it may still take stays out of the budget.
   step bench "$budget" "$PYTHON" -m pytest benchmarks "${options[@]}" --bench-budget $((budget > 120 ? budget - 40 : budget * 2 / 3))
 }
