@@ -70,10 +70,9 @@ class DAFF(nn.Module):
 
         Synchronised norms need all processes between the passes.
         """
-        norms, (batch, places, _) = (self.norm1, self.norm2), hidden.shape
+        norms, (batch, places, channels) = (self.norm1, self.norm2), hidden.shape
         plain = all(type(norm) is nn.BatchNorm2d and norm.affine for norm in norms)
-        plain = plain and type(self.conv2) is nn.Conv2d and self.conv2.bias is not None
-        plain = plain and not any(map(_has_hooks, (*norms, self.conv2)))
+        plain = plain and _is_depthwise(self.conv2, channels) and not any(map(_has_hooks, (*norms, self.conv2)))
         return plain and len({takes_statistics(norm) for norm in norms}) == 1 and batch * places > 1
 
     def _fused(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -97,6 +96,14 @@ class DAFF(nn.Module):
 
     def extra_repr(self) -> str:
         return f"grid_size={self.grid_size}"
+
+
+def _is_depthwise(conv: nn.Module, channels: int) -> bool:
+    """Whether it is the convolution that DAFF builds."""
+    if type(conv) is not nn.Conv2d or conv.bias is None or conv.padding_mode != "zeros":
+        return False
+    sizes = conv.kernel_size, conv.padding, conv.stride, conv.dilation
+    return sizes == ((3, 3), (1, 1), (1, 1), (1, 1)) and conv.groups == conv.in_channels == channels
 
 
 def _has_hooks(layer: nn.Module) -> bool:

@@ -179,11 +179,19 @@ def test_replaced_layers_and_hooks_are_run():
         module(x).square().sum().backward()
     torch.testing.assert_close(module(x), published(module, x, (3, 5), True), rtol=1e-9, atol=1e-9)
 
-    module = shaken(8, 20, (3, 5))
+    module = shaken(8, 20, (3, 5)).eval()
+    wide = nn.Conv2d(20, 20, 3, padding=2, dilation=2, groups=20).double()
+    wide.load_state_dict(module.conv2.state_dict())
+    before, module.conv2 = module.conv2, wide
+    s = F.gelu(module.norm1(module.conv1(x[:, 1:].transpose(1, 2).unflatten(2, (3, 5)))))
+    y = module.norm3(module.conv3(F.gelu(module.norm2(wide(s))) + s)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(module(x)[:, 1:], y, rtol=1e-9, atol=1e-9)
+    module.conv2 = before
+
     doubled = Doubled(20, 20, 3, padding=1, groups=20).double()
     doubled.load_state_dict(module.conv2.state_dict())
     with torch.no_grad():
         module.conv2.weight.mul_(2), module.conv2.bias.mul_(2)
     expected = published(module, x, (3, 5), False)
     module.conv2 = doubled
-    torch.testing.assert_close(module.eval()(x), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(module(x), expected, rtol=1e-9, atol=1e-9)
