@@ -6,6 +6,7 @@ Run as a script, under TRITON_INTERPRET=1, it computes the cases and prints one 
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ CLS_CASES = {
     "several blocks": (1, 1, 300, 64, 1, True, torch.float32, True),
     "prefix longer than a block": (1, 1, 300, 64, 150, False, torch.float32, False),
 }
-# B, M, C, S, dtype, links: all, a random half, or blocks along the diagonal and some channels without any
+# B, M, C, S, dtype, links: all, a random half, blocks along the diagonal and some channels without any, or uneven ones,
+# whose combined maps are 0, tiny, a small difference, or of the usual size
 LINK_CASES = {
     "small": (2, 5, 7, 9, torch.float32, "all"),
     "one of each": (1, 1, 1, 1, torch.float32, "all"),
@@ -48,6 +50,9 @@ LINK_CASES = {
     "float16": (2, 36, 40, 70, torch.float16, "all"),
     "diagonal": (2, 72, 95, 49, torch.float32, "blocks"),
     "diagonal, bfloat16": (2, 72, 95, 70, torch.bfloat16, "blocks"),
+    "uneven": (2, 40, 70, 49, torch.float32, "uneven"),
+    "uneven, bfloat16": (2, 40, 70, 49, torch.bfloat16, "uneven"),
+    "uneven, float16": (2, 40, 70, 49, torch.float16, "uneven"),
 }
 
 
@@ -79,11 +84,18 @@ def link_inputs(case):
     torch.manual_seed(0)
     wide = torch.promote_types(dtype, torch.float32)
     attn, weight = torch.randn(B, M, S).softmax(-1).to(dtype), torch.randn(C, M).to(dtype).to(wide)
-    mask = None if links == "all" else torch.rand(C, M) > 0.5
+    mask = None if links in ("all", "uneven") else torch.rand(C, M) > 0.5
     if links == "blocks":
         place = torch.arange(C)[:, None] * M // C
         mask = ((torch.arange(M) - place).abs() < 9) & (torch.arange(C) < C - 33)[:, None]
-    return attn, weight, 0.01 * torch.randn(C), torch.randn(B, C, S).to(dtype), mask, torch.rand(B, C)
+    bias = 0.01 * torch.randn(C)
+    if links == "uneven":
+        attn[:, 1] = attn[:, 0] * (1 + torch.finfo(dtype).eps * (torch.arange(S) % 2))
+        weight[::4], bias[::4] = 0.0, 0.0
+        weight[1::4], bias[1::4] = (weight[1::4] * 1e-6).to(dtype), bias[1::4] * 1e-6
+        weight[2], bias[2] = torch.eye(M)[1] - torch.eye(M)[0], 0.0
+        weight[2:, 7:15], weight[1::4, 7] = 0.0, 2.0**-20  # a map with tiny links alone
+    return attn, weight, bias, torch.randn(B, C, S).to(dtype), mask, torch.rand(B, C)
 
 
 def run_link(case, tensors):
@@ -104,15 +116,22 @@ def run_link_reference(case, tensors):
 
 
 def compare(run, reference, tensors, device) -> dict:
-    """Largest excess of an error over its limit: twice the error of the same-precision reference, plus a floor."""
+    """Largest errors and their limits: twice the error of the same-precision reference, plus a floor.
+
+    A gradient to a map, or to a channel's links, is in units of its largest element.
+    """
     dtype = tensors[0].dtype
     results = run(tuple(t if t is None else t.to(device) for t in tensors))
     wide = tuple(t.double() if t is not None and t.is_floating_point() else t for t in tensors)
     report = {}
     for i, (got, low, exact) in enumerate(zip(results, reference(tensors), reference(wide), strict=True)):
         assert got.shape == exact.shape, f"{got.shape}, expected {exact.shape}"
+        unit = exact.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).smallest_normal)
+        got, low, exact = got.double() / unit, low / unit, exact / unit
         rounding = 8 * torch.finfo(torch.float32).eps * exact.abs().max().item()
-        report[i] = max_error(got, exact), 2 * max_error(low, exact) + data_floor(exact, dtype) * 4 + rounding
+        low_error = max_error(low, exact)  # infinite where the reference's float16 overflows
+        limit = data_floor(exact, dtype) * 4 + rounding + (2 * low_error if math.isfinite(low_error) else 0.0)
+        report[i] = max_error(got, exact), limit
     return {"errors": report}
 
 
@@ -158,7 +177,8 @@ def test_gpu(kind, case):
 
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 @pytest.mark.parametrize(
-    ("kind", "case"), [("cls", "vit"), ("cls", "several blocks"), ("link", "bfloat16"), ("link", "masked")]
+    ("kind", "case"),
+    [("cls", "vit"), ("cls", "several blocks"), ("link", "bfloat16"), ("link", "float16"), ("link", "masked")],
 )
 def test_machine_code(monkeypatch, tmp_path, capability, kind, case):
     """No spills, and shared memory that the chip has."""

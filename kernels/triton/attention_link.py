@@ -18,6 +18,8 @@ from .attention_tile import PRECISION
 
 SCALARS = ["B", "C", "M", "S", "per_chunk"]
 WARPS = 8
+D_UNIT = tl.constexpr(4096.0)  # what directions, at most 2, and weights, below 2, are multiplied by in float16
+W_UNIT = tl.constexpr(16384.0)
 
 
 def _tile(attn: torch.Tensor) -> tuple[int, int, int]:
@@ -62,8 +64,8 @@ def _teacher(target_ptr, stride_tc, c, s, C, S):
 
 
 @triton.jit
-def _map_gradient(a, t, stats_ptr, scale_ptr, bc, c, C):
-    """Gradient of the scaled loss to a tile of a."""
+def _statistics(stats_ptr, scale_ptr, bc, c, C):
+    """1 / |a|, 1 / |t|, the difference along a, and the factor of the map's gradient. (BLOCK_C,) each."""
     live = c < C
     a_factor = tl.load(stats_ptr + 3 * (bc + c), mask=live, other=0.0)
     t_factor = tl.load(stats_ptr + 3 * (bc + c) + 1, mask=live, other=0.0)
@@ -71,8 +73,21 @@ def _map_gradient(a, t, stats_ptr, scale_ptr, bc, c, C):
     factor = 2.0 * a_factor
     if scale_ptr is not None:
         factor = factor * tl.load(scale_ptr + bc + c, mask=live, other=0.0)
+    return a_factor, t_factor, along, factor
+
+
+@triton.jit
+def _direction(a, t, a_factor, t_factor, along):
+    """Gradient of the scaled loss to a tile of a, without its factor: at most 2."""
     unit = a * a_factor[:, None]
-    return (unit - t * t_factor[:, None] - unit * along[:, None]) * factor[:, None]
+    return unit - t * t_factor[:, None] - unit * along[:, None]
+
+
+@triton.jit
+def _power_of_two(x):
+    """The largest power of two that is not above |x|; 1 for 0, infinity for NaN."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7F800000
+    return tl.where(bits == 0, 0x3F800000, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -136,9 +151,22 @@ def attention_link_bwd_attn_kernel(
         if meets:
             a = _maps(w_ptr, bias_ptr, attn_ptr, stride_am, c, s, first, end, C, M, S, BLOCK_C, BLOCK_M, BLOCK_S)
             t = _teacher(target_ptr, stride_tc, c, s, C, S)
-            da = _map_gradient(a, t, stats_ptr, scale_ptr, b * C, c, C)
+            a_factor, t_factor, along, factor = _statistics(stats_ptr, scale_ptr, b * C, c, C)
+            d = _direction(a, t, a_factor, t_factor, along)
             w = tl.load(w_ptr + c[:, None] * M + m[None, :], mask=(c < C)[:, None] & (m < M)[None, :], other=0.0)
-            grad = tl.dot(tl.trans(w), da.to(w.dtype), grad, input_precision=PRECISION)
+            if (
+                w.dtype == tl.float16
+            ):  # its range holds no factor: powers of two move to w, and from its columns to sums
+                power = _power_of_two(factor)
+                w = w.to(tl.float32) * power[:, None]
+                column = _power_of_two(tl.max(tl.abs(w), 0))
+                w = (w * (1.0 / column)[None, :] * W_UNIT).to(tl.float16)
+                d = (d * (factor / power * D_UNIT)[:, None]).to(tl.float16)
+                part = tl.dot(tl.trans(w), d, input_precision=PRECISION)
+                grad += part * (column / (W_UNIT * D_UNIT))[:, None]
+            else:
+                d = (d * factor[:, None]).to(w.dtype)
+                grad = tl.dot(tl.trans(w), d, grad, input_precision=PRECISION)
     inside = (m < M)[:, None] & (s < S)[None, :]
     tl.store(dattn_ptr + (b * M + m[:, None]) * S + s[None, :], grad.to(dattn_ptr.dtype.element_ty), mask=inside)
 
@@ -162,16 +190,22 @@ def attention_link_bwd_weight_kernel(
         meets = ((first < column + BLOCK_M) & (end > column)) | (column == 0)
         last_image = tl.where(meets, last_image, 0)
     for b in range(chunk * per_chunk, last_image):
+        a_factor, t_factor, along, factor = _statistics(stats_ptr, scale_ptr, b * C, c, C)
+        image_grad = tl.zeros((BLOCK_C, BLOCK_M), tl.float32)
+        image_total = tl.zeros((BLOCK_C,), tl.float32)
         for start in range(0, S, BLOCK_S):
             s = start + lane
             maps_ptr = attn_ptr + b * stride_ab
             a = _maps(w_ptr, bias_ptr, maps_ptr, stride_am, c, s, first, end, C, M, S, BLOCK_C, BLOCK_M, BLOCK_S)
             t = _teacher(target_ptr + b * stride_tb, stride_tc, c, s, C, S)
-            da = _map_gradient(a, t, stats_ptr, scale_ptr, b * C, c, C)
+            d = _direction(a, t, a_factor, t_factor, along)
             inside = (m < M)[:, None] & (s < S)[None, :]
             attn = tl.load(maps_ptr + m[:, None] * stride_am + s[None, :], mask=inside, other=0.0)
-            grad = tl.dot(da.to(attn.dtype), tl.trans(attn), grad, input_precision=PRECISION)
-            total += tl.sum(da, 1)
+            rounded = (d * D_UNIT).to(attn.dtype)
+            image_grad = tl.dot(rounded, tl.trans(attn), image_grad, input_precision=PRECISION)
+            image_total += tl.sum(d, 1)
+        grad += image_grad * (factor / D_UNIT)[:, None]
+        total += image_total * factor
     row = chunk * C + c
     tl.store(dw_ptr + row[:, None] * M + m[None, :], grad, mask=(c < C)[:, None] & (m < M)[None, :])
     if tl.program_id(1) == 0:
