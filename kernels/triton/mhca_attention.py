@@ -268,10 +268,13 @@ def mhca_attention_bwd_kernel(
         per_sum = tl.exp2(-tl.load(stats_ptr + N + own, mask=own < N, other=0.0))
         store_rows(dq_ptr + grad_offset, start_m, BLOCK_M, H * D, dq * (per_sum * scale)[:, None], N, D, BLOCK_D)
         part_ptr += h * 3 * S + b * blocks + block
-        weight = tl.where(own >= P, per_sum, 0.0)[None, :]  # two dimensions: Triton 3.6 cannot reduce one on Blackwell
-        tl.store(part_ptr, tl.sum(weight * s_r[None, :]))
-        tl.store(part_ptr + S, tl.sum(weight * (s_u + center_y * s_1)[None, :]))
-        tl.store(part_ptr + 2 * S, tl.sum(weight * (s_w + center_x * s_1)[None, :]))
+        patch = (own >= P) & (own < N)  # the others may hold NaN
+        s_r = tl.where(patch, per_sum * s_r, 0.0)[None, :]  # two dimensions: Triton 3.6 cannot reduce one on Blackwell
+        s_u = tl.where(patch, per_sum * (s_u + center_y * s_1), 0.0)[None, :]
+        s_w = tl.where(patch, per_sum * (s_w + center_x * s_1), 0.0)[None, :]
+        tl.store(part_ptr, tl.sum(s_r))
+        tl.store(part_ptr + S, tl.sum(s_u))
+        tl.store(part_ptr + 2 * S, tl.sum(s_w))
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -288,10 +291,10 @@ def _bwd_reduce_kernel(part_ptr, alpha_ptr, dalpha_ptr, dcenter_ptr, S, rpe_fact
         sum_r += tl.load(ptrs, mask=inside, other=0.0)
         sum_y += tl.load(ptrs + S, mask=inside, other=0.0)
         sum_x += tl.load(ptrs + 2 * S, mask=inside, other=0.0)
-    toward = 2.0 * tl.load(alpha_ptr + h) * rpe_factor
+    alpha = tl.load(alpha_ptr + h)
     tl.store(dalpha_ptr + h, -rpe_factor * tl.sum(sum_r, 0))
-    tl.store(dcenter_ptr + 2 * h, toward * tl.sum(sum_y, 0))
-    tl.store(dcenter_ptr + 2 * h + 1, toward * tl.sum(sum_x, 0))
+    tl.store(dcenter_ptr + 2 * h, alpha * (2.0 * rpe_factor * tl.sum(sum_y, 0)))
+    tl.store(dcenter_ptr + 2 * h + 1, alpha * (2.0 * rpe_factor * tl.sum(sum_x, 0)))
 
 
 def mhca_attention_fwd(

@@ -9,6 +9,7 @@ from .attention_tile import LOG2E
 from .philox import keep_bits
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds a float32 to an integer
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 RPE_STREAM = tl.constexpr(1)  # element (h N + i) N + j
 
 
@@ -26,11 +27,19 @@ def grid_position(start, WIDTH: tl.constexpr, grid_w, P: tl.constexpr):
 
 @triton.jit
 def head_position(alpha_ptr, center_ptr, h, rpe_factor):
-    """(-alpha log2(e) / (1 - p), center row, center column, |center|^2) of head h."""
+    """(-alpha log2(e) / (1 - p), center row, center column, |center|^2) of head h.
+
+    The first is NaN where alpha or |center|^2 is not finite, and finite otherwise, like the rest always: prefix tokens,
+    whose slope is 0, have no NaN from it.
+    """
     alpha = tl.load(alpha_ptr + h)
     c_y = tl.load(center_ptr + 2 * h)
     c_x = tl.load(center_ptr + 2 * h + 1)
-    return -alpha * rpe_factor * LOG2E, c_y, c_x, c_y * c_y + c_x * c_x
+    center_sq = c_y * c_y + c_x * c_x
+    finite = center_sq < float("inf")
+    slope = tl.minimum(tl.maximum(-alpha * rpe_factor * LOG2E, -LARGEST), LARGEST)
+    slope = tl.where(finite & (tl.abs(alpha) < float("inf")), slope, float("nan"))
+    return slope, tl.where(finite, c_y, 0.0), tl.where(finite, c_x, 0.0), tl.where(finite, center_sq, 0.0)
 
 
 @triton.jit
