@@ -223,10 +223,11 @@ def _prepare(attn, weight, target, mask):
     return attn, weight.to(attn.dtype).contiguous(), target
 
 
-def _links(mask, tile):
+def _links(attn, mask):
     """For each block of channels the first, a whole tile, and the end of the maps that it is linked to: (blocks, 2)."""
     if mask is None or mask.numel() == 0:
         return None
+    tile = _tile(attn)
     channels, maps = mask.shape
     blocks = triton.cdiv(channels, tile[0])
     rows = torch.nn.functional.pad(mask, (0, 0, 0, blocks * tile[0] - channels)).view(blocks, tile[0], maps).any(1)
@@ -235,7 +236,7 @@ def _links(mask, tile):
     return torch.stack([first, torch.where(rows, at + 1, 0).amax(1)], 1).to(torch.int32)
 
 
-def _forward(attn, weight, bias, target, mask, eps):
+def _forward(attn, weight, bias, target, linked, eps):
     """loss (B, C) and the statistics of each map, for the gradients."""
     B, M, S = attn.shape
     C = weight.shape[0]
@@ -246,13 +247,13 @@ def _forward(attn, weight, bias, target, mask, eps):
     tile = _tile(attn)
     with device_guard(attn):
         attention_link_fwd_kernel[(triton.cdiv(C, tile[0]), B)](
-            attn, weight, bias.contiguous(), _links(mask, tile), target, loss, stats,
+            attn, weight, bias.contiguous(), linked, target, loss, stats,
             *attn.stride()[:2], *target.stride()[:2], C, M, S, float(eps), *tile, num_warps=WARPS,
         )  # fmt: skip
     return loss, stats
 
 
-def _gradients(attn, weight, bias, target, mask, stats, scale):
+def _gradients(attn, weight, bias, target, linked, stats, scale):
     """Gradients of sum(scale * loss) to attn, weight and bias; scale (B, C), or None for 1."""
     B, M, S = attn.shape
     C = weight.shape[0]
@@ -266,24 +267,23 @@ def _gradients(attn, weight, bias, target, mask, stats, scale):
     tile = _tile(attn)
     blocks = [triton.cdiv(n, block) for n, block in zip((C, M, S), tile, strict=True)]
     strides = *attn.stride()[:2], *target.stride()[:2]
-    linked = _links(mask, tile)
     with device_guard(attn):
-        attention_link_bwd_attn_kernel[(blocks[2], blocks[1], B)](
-            attn, weight, bias, linked, target, stats, scale, dattn, *strides,
-            C, M, S, *tile, num_warps=WARPS,
-        )  # fmt: skip
-        attention_link_bwd_weight_kernel[(blocks[0], blocks[1], chunks)](
+        if M > 0:
+            attention_link_bwd_attn_kernel[(blocks[2], blocks[1], B)](
+                attn, weight, bias, linked, target, stats, scale, dattn, *strides,
+                C, M, S, *tile, num_warps=WARPS,
+            )  # fmt: skip
+        attention_link_bwd_weight_kernel[(blocks[0], max(blocks[1], 1), chunks)](  # of no maps, too, the bias's
             attn, weight, bias, linked, target, stats, scale, dweight, dbias, *strides,
             B, C, M, S, per_chunk, *tile, num_warps=WARPS,
         )  # fmt: skip
-    dweight = dweight.sum(0)
-    return dattn, dweight if mask is None else dweight.masked_fill_(~mask, 0.0), dbias.sum(0)
+    return dattn, dweight.sum(0), dbias.sum(0)
 
 
 def attention_link_fwd(attn, weight, bias, target, mask, eps):
     """loss (B, C) float32. Arguments: the native op's. RuntimeError for a dtype not taken."""
     attn, weight, target = _prepare(attn, weight, target, mask)
-    return _forward(attn, weight, bias, target, mask, eps)[0]
+    return _forward(attn, weight, bias, target, _links(attn, mask), eps)[0]
 
 
 def attention_link_bwd(grad, attn, weight, bias, target, mask, eps):
@@ -297,9 +297,11 @@ def attention_link_both(attn, weight, bias, target, mask, eps):
 
 
 def _both(attn, weight, bias, target, mask, eps, scale):
-    if attn.numel() == 0 or target.numel() == 0:
+    if target.numel() == 0:
         loss = attn.new_zeros((attn.shape[0], weight.shape[0]), dtype=torch.float32)
         return loss, attn.new_zeros(attn.shape), torch.zeros_like(weight), torch.zeros_like(bias)
     attn, weight, target = _prepare(attn, weight, target, mask)
-    loss, stats = _forward(attn, weight, bias, target, mask, eps)
-    return loss, *_gradients(attn, weight, bias, target, mask, stats, scale)
+    linked = _links(attn, mask)
+    loss, stats = _forward(attn, weight, bias, target, linked, eps)
+    dattn, dweight, dbias = _gradients(attn, weight, bias, target, linked, stats, scale)
+    return loss, dattn, dweight if mask is None else dweight.masked_fill_(~mask, 0.0), dbias
