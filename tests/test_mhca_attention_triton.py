@@ -315,6 +315,16 @@ def test_machine_code(monkeypatch, tmp_path, capability, case):
             assert "HGMMA" in code, f"{kernel.__name__} does not use wgmma"
 
 
+def test_shared_memory(monkeypatch, tmp_path):
+    """Rows of 256 float32 launch where a program has 99 KB."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(mhca_attention.config, "chip_of", lambda q: 12)
+    case = Case(1, 1, (7, 7), 1, 256)
+    for kernel, args, options in launches_of(monkeypatch, KERNELS, lambda: run_kernels(case, inputs_of(case), "cpu")):
+        usage, _ = compile_launch(kernel, args, options, 120)
+        assert usage["SHARED"] <= SHARED_LIMIT[120], f"{kernel.__name__}: {usage}"
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 5, 16), (2, 0, 5, 16), (2, 2, 0, 16), (2, 2, 5, 0)])
 def test_empty(monkeypatch, shape):
     _, H, N, _ = shape

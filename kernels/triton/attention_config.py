@@ -26,7 +26,8 @@ def forward_tile(chip: int, itemsize: int, tokens: int, dim: int, attn_dropout: 
     chip: major compute capability. dim: what block_dim gives. Random bits take registers: tiles are smaller with them.
     """
     if itemsize == 4:
-        return Tile(32 if dim <= 64 else 16, 32, 8, 1, 255), 0
+        small = dim > 128 and chip not in (9, 10)  # 99 KB of shared memory
+        return Tile(32 if dim <= 64 else 16, 16 if small else 32, 8, 1, 255), 0
     if dim > 128:
         return Tile(64, 16, 8, 1), 0
     if attn_dropout:
