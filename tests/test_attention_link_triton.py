@@ -52,6 +52,7 @@ LINK_CASES = {
     "diagonal, bfloat16": (2, 72, 95, 70, torch.bfloat16, "blocks"),
     "no maps": (3, 0, 40, 70, torch.float32, "all"),
     "no maps, masked": (3, 0, 40, 70, torch.bfloat16, "half"),
+    "several launches": (5, 20, 40, 33, torch.float32, "half"),
     "uneven": (2, 40, 70, 49, torch.float32, "uneven"),
     "uneven, bfloat16": (2, 40, 70, 49, torch.bfloat16, "uneven"),
     "uneven, float16": (2, 40, 70, 49, torch.float16, "uneven"),
@@ -104,6 +105,7 @@ def link_inputs(case):
 
 def run_link(case, tensors):
     *inputs, scale = tensors
+    attention_link.MAX_IMAGES = 2 if case == "several launches" else 65535
     loss, *grads = attention_link.attention_link_both(*inputs, 1e-12)
     scaled = attention_link.attention_link_bwd(scale, *inputs, 1e-12)
     return loss, *grads, *scaled, attention_link.attention_link_fwd(*inputs, 1e-12)
@@ -202,6 +204,29 @@ def test_machine_code(monkeypatch, tmp_path, capability, kind, case):
         assert usage["STACK"] == usage["LOCAL"] == 0, f"{kernel.__name__} spills: {usage}"
         assert usage["SHARED"] <= SHARED_LIMIT[capability], f"{kernel.__name__}: {usage}"
     assert len(seen) == (2 if kind == "cls" else 3)
+
+
+def test_large_batch(monkeypatch):
+    """Only the first dimension of a grid takes more than 65535 programs."""
+    attn, target = torch.zeros(70000, 1, 17), torch.zeros(70000, 2, 17)
+    grids = []
+
+    class Grids:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    for module, name in LINK_KERNELS:
+        monkeypatch.setattr(module, name, Grids())
+    attention_link.attention_link_both(attn, torch.ones(2, 1), torch.ones(2), target, None, 1e-12)
+    assert grids and all(max(grid[1:]) <= 65535 for grid in grids)
+
+
+def test_far_maps():
+    """Maps so far apart that 32 bits do not reach them all are copied."""
+    far = torch.empty(1, device="meta").as_strided((1, 5, 3), (1, 1 << 29, 1))
+    near, _, _ = attention_link._prepare(far, torch.ones(4, 5, device="meta"), far.new_empty(1, 4, 3), None)
+    assert near.stride(1) == 3
 
 
 def test_nothing_to_do(monkeypatch):

@@ -18,6 +18,7 @@ from .attention_tile import PRECISION
 
 SCALARS = ["B", "C", "M", "S", "per_chunk"]
 WARPS = 8
+MAX_IMAGES = 65535  # of a launch: a grid's second and third dimension end there
 D_UNIT = tl.constexpr(4096.0)  # what directions, at most 2, and weights, below 2, are multiplied by in float16
 W_UNIT = tl.constexpr(16384.0)
 
@@ -220,6 +221,8 @@ def _prepare(attn, weight, target, mask):
         )
     weight = weight if mask is None else weight.masked_fill(~mask, 0.0)
     attn, target = (t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous() for t in (attn, target))
+    if attn.stride(1) * attn.shape[1] >= 1 << 31:  # 32 bits do not reach across an image
+        attn = attn.contiguous()
     return attn, weight.to(attn.dtype).contiguous(), target
 
 
@@ -236,6 +239,10 @@ def _links(attn, mask):
     return torch.stack([first, torch.where(rows, at + 1, 0).amax(1)], 1).to(torch.int32)
 
 
+def _runs(images):
+    return [slice(first, first + MAX_IMAGES) for first in range(0, images, MAX_IMAGES)]
+
+
 def _forward(attn, weight, bias, target, linked, eps):
     """loss (B, C) and the statistics of each map, for the gradients."""
     B, M, S = attn.shape
@@ -246,10 +253,11 @@ def _forward(attn, weight, bias, target, linked, eps):
         return loss.zero_(), stats.zero_()
     tile = _tile(attn)
     with device_guard(attn):
-        attention_link_fwd_kernel[(triton.cdiv(C, tile[0]), B)](
-            attn, weight, bias.contiguous(), linked, target, loss, stats,
-            *attn.stride()[:2], *target.stride()[:2], C, M, S, float(eps), *tile, num_warps=WARPS,
-        )  # fmt: skip
+        for some in _runs(B):
+            attention_link_fwd_kernel[(triton.cdiv(C, tile[0]), len(attn[some]))](
+                attn[some], weight, bias.contiguous(), linked, target[some], loss[some], stats[some],
+                *attn.stride()[:2], *target.stride()[:2], C, M, S, float(eps), *tile, num_warps=WARPS,
+            )  # fmt: skip
     return loss, stats
 
 
@@ -258,7 +266,9 @@ def _gradients(attn, weight, bias, target, linked, stats, scale):
     B, M, S = attn.shape
     C = weight.shape[0]
     dattn = torch.empty((B, M, S), dtype=attn.dtype, device=attn.device)
-    chunks = max(1, min(B, B * S * attn.element_size() // (64 * max(M, 1))))  # parts below a sixteenth of the target
+    chunks = max(
+        1, min(B, MAX_IMAGES, B * S * attn.element_size() // (64 * max(M, 1)))
+    )  # parts below a sixteenth of the target
     per_chunk = -(-B // chunks)
     dweight = attn.new_empty((chunks, C, M), dtype=torch.float32)
     dbias = attn.new_empty((chunks, C), dtype=torch.float32)
@@ -268,9 +278,10 @@ def _gradients(attn, weight, bias, target, linked, stats, scale):
     blocks = [triton.cdiv(n, block) for n, block in zip((C, M, S), tile, strict=True)]
     strides = *attn.stride()[:2], *target.stride()[:2]
     with device_guard(attn):
-        if M > 0:
-            attention_link_bwd_attn_kernel[(blocks[2], blocks[1], B)](
-                attn, weight, bias, linked, target, stats, scale, dattn, *strides,
+        for some in _runs(B if M > 0 else 0):
+            attention_link_bwd_attn_kernel[(blocks[2], blocks[1], len(attn[some]))](
+                attn[some], weight, bias, linked, target[some], stats[some],
+                None if scale is None else scale[some], dattn[some], *strides,
                 C, M, S, *tile, num_warps=WARPS,
             )  # fmt: skip
         attention_link_bwd_weight_kernel[(blocks[0], max(blocks[1], 1), chunks)](  # of no maps, too, the bias's
