@@ -155,9 +155,8 @@ def attention_link_bwd_attn_kernel(
             a_factor, t_factor, along, factor = _statistics(stats_ptr, scale_ptr, b * C, c, C)
             d = _direction(a, t, a_factor, t_factor, along)
             w = tl.load(w_ptr + c[:, None] * M + m[None, :], mask=(c < C)[:, None] & (m < M)[None, :], other=0.0)
-            if (
-                w.dtype == tl.float16
-            ):  # its range holds no factor: powers of two move to w, and from its columns to sums
+            if w.dtype == tl.float16:
+                # Its range holds no factor: powers of two move to w, and from the columns of w to the sums.
                 power = _power_of_two(factor)
                 w = w.to(tl.float32) * power[:, None]
                 column = _power_of_two(tl.max(tl.abs(w), 0))
