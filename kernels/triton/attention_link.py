@@ -265,9 +265,8 @@ def _gradients(attn, weight, bias, target, linked, stats, scale):
     B, M, S = attn.shape
     C = weight.shape[0]
     dattn = torch.empty((B, M, S), dtype=attn.dtype, device=attn.device)
-    chunks = max(
-        1, min(B, MAX_IMAGES, B * S * attn.element_size() // (64 * max(M, 1)))
-    )  # parts below a sixteenth of the target
+    room = B * S * attn.element_size() // (64 * max(M, 1))  # for parts, below a sixteenth of the target
+    chunks = max(1, min(B, MAX_IMAGES, room))
     per_chunk = -(-B // chunks)
     dweight = attn.new_empty((chunks, C, M), dtype=torch.float32)
     dbias = attn.new_empty((chunks, C), dtype=torch.float32)
