@@ -31,14 +31,14 @@ ClsAttentionParams make_params(Tensor& q, Tensor& k, double scale) {
   return params;
 }
 
-Tensor forward(Tensor q, Tensor k, int64_t num_prefix_tokens, double scale, bool over_all) {
+Tensor forward(Tensor q, Tensor k, int64_t num_prefix_tokens, double scale, bool over_all, bool rounded) {
   ClsAttentionParams params = make_params(q, k, scale);
   STD_TORCH_CHECK(num_prefix_tokens >= 0 && num_prefix_tokens <= params.N,
                   "num_prefix_tokens must be in [0, N], but is ", num_prefix_tokens, " with N = ", params.N);
-  Tensor probs = new_empty(k, {params.B, params.H, params.N}, accumulation_dtype(k));
+  Tensor probs = new_empty(k, {params.B, params.H, params.N}, rounded ? k.scalar_type() : accumulation_dtype(k));
   if (probs.numel() == 0) return probs;
   params.first_key = over_all ? 0 : num_prefix_tokens;
-  params.probs = probs.mutable_data_ptr();
+  params.rounded = rounded, params.probs = probs.mutable_data_ptr();
   torch::stable::parallel_for(0, params.B * params.groups, 1,
                               [&](int64_t begin, int64_t end) { cls_attention_forward(params, begin, end); });
   return probs;

@@ -71,7 +71,7 @@ def cls_inputs(case):
 def run_cls(case, tensors):
     _, _, _, D, prefix, over_all, _, _ = CLS_CASES[case]
     q, k, grad = tensors
-    probs = cls_attention.cls_attention_fwd(q, k, prefix, D**-0.5, over_all)
+    probs = cls_attention.cls_attention_fwd(q, k, prefix, D**-0.5, over_all, False)
     padded = torch.nn.functional.pad(grad, (prefix, 0))
     return probs[..., prefix:], *cls_attention.cls_attention_bwd(padded, q, k, probs, D**-0.5)
 
@@ -233,12 +233,12 @@ def test_nothing_to_do(monkeypatch):
     for module, name in (*CLS_KERNELS, *LINK_KERNELS):
         monkeypatch.setattr(module, name, None)
     k = torch.zeros(2, 0, 5, 8)
-    probs = cls_attention.cls_attention_fwd(k[:, :, 0], k, 1, 1.0, False)
+    probs = cls_attention.cls_attention_fwd(k[:, :, 0], k, 1, 1.0, False, False)
     assert (
         probs.shape == (2, 0, 5)
         and cls_attention.cls_attention_bwd(probs, k[:, :, 0], k, probs, 1.0)[1].shape == k.shape
     )
-    assert not cls_attention.cls_attention_fwd(torch.zeros(1, 1, 8), torch.zeros(1, 1, 3, 8), 3, 1.0, False).any()
+    assert not cls_attention.cls_attention_fwd(torch.zeros(1, 1, 8), torch.zeros(1, 1, 3, 8), 3, 1.0, False, True).any()
     inputs = torch.zeros(0, 3, 5), torch.ones(4, 3), torch.ones(4), torch.zeros(0, 4, 5), None
     loss, *grads = attention_link.attention_link_both(*inputs, 1e-12)
     assert loss.shape == (0, 4) and [g.shape for g in grads] == [(0, 3, 5), (4, 3), (4,)]

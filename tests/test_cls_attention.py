@@ -160,6 +160,18 @@ def test_gradient_with_a_common_offset(target, over, dtype):
     check(target, 3 * q, k, (grad_out + 10).to(dtype), over=over)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_gradients_the_maps_are_the_same(target, dtype):
+    if target.device == "cuda" and dtype == torch.float64:
+        pytest.skip("float64 on the GPU is the reference")
+    q, k, _ = (t.to(target.device) for t in draw(2, 3, 37, 24, dtype, prefix=2))
+    maps = [
+        cls_attention_maps(q.requires_grad_(trains), k, num_prefix_tokens=2, over="all", backend=target.backend)
+        for trains in (True, False)
+    ]
+    assert maps[0].dtype == maps[1].dtype == dtype and torch.equal(*maps)
+
+
 VALUE_ERRORS = [
     ({"k": torch.zeros(2, 10, 4)}, r"k must be of shape \(B, H, N, D\), got \(2, 10, 4\)"),
     ({"q": torch.zeros(2, 3, 5)}, r"q must be of shape \(2, 3, 4\).*got \(2, 3, 5\)"),
@@ -203,10 +215,10 @@ def test_native_checks():
     op, backward = torch.ops.fastib.cls_attention, torch.ops.fastib.cls_attention_backward
     q, k, probs = torch.zeros(2, 3, 4), torch.zeros(2, 3, 10, 4), torch.zeros(2, 3, 10)
     for arguments, message in [
-        ((q, k[0], 1, 1.0, False), "k must have shape"),
-        ((q[:, :2], k, 1, 1.0, False), "q must have shape"),
-        ((q.double(), k, 1, 1.0, False), "q must be Float"),
-        ((q, k, 11, 1.0, False), "num_prefix_tokens must be in"),
+        ((q, k[0], 1, 1.0, False, False), "k must have shape"),
+        ((q[:, :2], k, 1, 1.0, False, False), "q must have shape"),
+        ((q.double(), k, 1, 1.0, False, False), "q must be Float"),
+        ((q, k, 11, 1.0, False, False), "num_prefix_tokens must be in"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             op(*arguments)
@@ -220,8 +232,10 @@ def test_opcheck():
     if not _native.lib_available():
         pytest.skip(_native.why_not())
     q, k, _ = draw(2, 3, 9, 8, torch.float32)
-    torch.library.opcheck(torch.ops.fastib.cls_attention, (q.requires_grad_(), k.requires_grad_(), 1, 0.3, False))
-    probs = torch.ops.fastib.cls_attention(q.detach(), k.detach(), 1, 0.3, True)
+    torch.library.opcheck(
+        torch.ops.fastib.cls_attention, (q.requires_grad_(), k.requires_grad_(), 1, 0.3, False, False)
+    )
+    probs = torch.ops.fastib.cls_attention(q.detach(), k.detach(), 1, 0.3, True, False)
     torch.library.opcheck(
         torch.ops.fastib.cls_attention_backward, (torch.randn_like(probs), q.detach(), k.detach(), probs, 0.3)
     )

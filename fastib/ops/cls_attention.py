@@ -13,7 +13,7 @@ from fastib.reference.cls_attention import cls_attention_maps_ref
 
 _NAME = "cls_attention_maps"
 SCHEMAS = {
-    "cls_attention": "(Tensor q, Tensor k, int num_prefix_tokens, float scale, bool over_all) -> Tensor",
+    "cls_attention": "(Tensor q, Tensor k, int num_prefix_tokens, float scale, bool over_all, bool rounded) -> Tensor",
     "cls_attention_backward": (
         "(Tensor grad, Tensor q, Tensor k, Tensor probs, float scale) -> (Tensor grad_q, Tensor grad_k)"
     ),
@@ -54,10 +54,12 @@ def cls_attention_maps(
         raise invalid(_NAME, "over", "'patches' or 'all'", repr(over))
     if _OP.choose(backend, q) == "reference":
         return cls_attention_maps_ref(q, k, num_prefix_tokens=num_prefix_tokens, scale=scale, over=over)
-    args = (q, k, num_prefix_tokens, scale, over == "all")
+    # an exported program may train where the one that was traced did not
+    trains = (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)) or torch.compiler.is_exporting()
+    args = (q, k, num_prefix_tokens, scale, over == "all", not trains)
     if torch.compiler.is_compiling():
         probs = _forward(*args)
-    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+    elif trains:
         probs = _ClsAttention.apply(*args)
     else:
         with below_autograd():
@@ -82,9 +84,10 @@ def _check(q: Tensor, k: Tensor, num_prefix_tokens: int) -> None:
         raise invalid(_NAME, "num_prefix_tokens", f"in [0, N={N}]", num_prefix_tokens)
 
 
-def _forward_fake(q: Tensor, k: Tensor, *_: Any) -> Tensor:
-    """Not rounded to a 16-bit k: the gradient of a softmax needs probabilities whose sum is 1."""
-    return k.new_empty(k.shape[:3], dtype=torch.promote_types(k.dtype, torch.float32))
+def _forward_fake(q: Tensor, k: Tensor, *options: Any) -> Tensor:
+    """Not rounded to a 16-bit k in training: the gradient of a softmax needs probabilities whose sum is 1."""
+    rounded = options[-1]
+    return k.new_empty(k.shape[:3], dtype=k.dtype if rounded else torch.promote_types(k.dtype, torch.float32))
 
 
 def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -121,12 +124,12 @@ class _ClsAttention(torch.autograd.Function):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, _, ctx.scale, _ = inputs
+    q, k, _, ctx.scale, *_ = inputs
     ctx.save_for_backward(q, k, output)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None)
+    return (*_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None, None)
 
 
 torch.library.register_autograd("fastib::cls_attention", _gradients, setup_context=_save, lib=_backend.LIBRARY)

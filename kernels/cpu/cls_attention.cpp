@@ -156,9 +156,12 @@ void forward(const ClsAttentionParams& p, int64_t begin, int64_t end) {
       T* s = scores + h * padded;
       for (int64_t j = keys; j < padded; ++j) s[j] = -std::numeric_limits<T>::infinity();
       softmax(s, padded);
-      T* probs = static_cast<T*>(p.probs) + (unit.b * p.H + unit.first + h) * p.N;
-      for (int64_t i = 0; i < p.first_key; ++i) probs[i] = T(0);
-      std::memcpy(probs + p.first_key, s, keys * sizeof(T));
+      const auto write = [&]<typename P>(P* probs) {
+        for (int64_t i = 0; i < p.first_key; ++i) store_float(probs + i, T(0));
+        unpack_rows(Rows<P>{probs + p.first_key, 0}, s, padded, 1, keys, T(1));
+      };
+      const int64_t row = (unit.b * p.H + unit.first + h) * p.N;
+      p.rounded ? write(static_cast<E*>(p.probs) + row) : write(static_cast<T*>(p.probs) + row);
     }
   }
 }

@@ -20,12 +20,13 @@ struct ClsAttentionParams {
   const void* k;      // (B, H, N, D)
   int64_t q_stride[2], k_stride[3];
   double scale;
-  void* probs;  // (B, H, N) dense, float32 (float64 where dtype is); read by the backward
+  bool rounded;  // probs to dtype; else, as the backward reads them, they are float32 (float64 where dtype is)
+  void* probs;   // (B, H, N) dense
 };
 
 struct ClsAttentionGradParams {
   ClsAttentionParams forward;
-  const void* grad;  // (B, H, N) dense, as probs
+  const void* grad;  // (B, H, N) dense, like probs that are not rounded
   void* grad_q;      // (B, H, D)
   void* grad_k;      // (B, H, N, D)
   int64_t grad_q_stride[2], grad_k_stride[3];

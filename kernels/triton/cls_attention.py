@@ -43,7 +43,7 @@ def cls_attention_fwd_kernel(
     if SINGLE:
         j, s = _scores(q, k_ptr, stride_kn, 0, first_key, N, D, BLOCK_N, BLOCK_D)
         p = tl.exp2(s - tl.max(s, 0))
-        tl.store(probs_ptr + j, p / tl.sum(p, 0), mask=j < N)
+        tl.store(probs_ptr + j, (p / tl.sum(p, 0)).to(probs_ptr.dtype.element_ty), mask=j < N)
     else:
         top = tl.full((BLOCK_N,), -float("inf"), tl.float32)  # per lane, like the sum
         norm = tl.zeros((BLOCK_N,), tl.float32)
@@ -57,7 +57,7 @@ def cls_attention_fwd_kernel(
         total = tl.sum(norm * tl.exp2(top - peak), 0)
         for start in range(0, N, BLOCK_N):
             j, s = _scores(q, k_ptr, stride_kn, start, first_key, N, D, BLOCK_N, BLOCK_D)
-            tl.store(probs_ptr + j, tl.exp2(s - peak) / total, mask=j < N)
+            tl.store(probs_ptr + j, (tl.exp2(s - peak) / total).to(probs_ptr.dtype.element_ty), mask=j < N)
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -102,11 +102,14 @@ def _dense_last(q: torch.Tensor) -> torch.Tensor:
     return q if q.stride(2) == 1 or q.shape[2] == 1 else q.contiguous()
 
 
-def cls_attention_fwd(q, k, num_prefix_tokens, scale, over_all):
-    """probs (B, H, N), float32. Arguments: the native op's. RuntimeError for a dtype or a size not taken."""
+def cls_attention_fwd(q, k, num_prefix_tokens, scale, over_all, rounded):
+    """probs (B, H, N), in k's dtype where `rounded`, else float32. Arguments: the native op's.
+
+    RuntimeError for a dtype or a size not taken.
+    """
     check_supported("cls_attention", k)
     B, H, N, D = k.shape
-    probs = k.new_empty((B, H, N), dtype=torch.float32)
+    probs = k.new_empty((B, H, N), dtype=k.dtype if rounded else torch.float32)
     first_key = 0 if over_all else num_prefix_tokens
     if probs.numel() == 0 or first_key == N:
         return probs.zero_()
