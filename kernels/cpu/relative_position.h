@@ -129,14 +129,14 @@ class RelativePosition final : public ScoreTerm<T> {
     if (i < g.prefix) return;
     const Vec<T> y = splat(token_row_[i]), x = splat(token_column_[i]);
     const int8_t* keep = g.dropout > 0 ? mask_row(i) + j0 : nullptr;
-    Vec<T> square_row{}, square_column{}, row{}, column{};
+    Vec<T> square{}, row{}, column{};
     const auto add = [&](int64_t j, Vec<T> s) {
       const Vec<T> dy = load(token_row_ + j0 + j) - y, dx = load(token_column_ + j0 + j) - x;
       const Vec<T> sy = s * dy, sx = s * dx;
       row += sy;
       column += sx;
-      square_row += sy * dy;
-      square_column += sx * dx;
+      square += sy * dy;
+      square += sx * dx;
     };
     int64_t j = 0;
     for (; j < n && j0 + j < g.prefix; j += W) {
@@ -149,7 +149,7 @@ class RelativePosition final : public ScoreTerm<T> {
       for (; j < n; j += W) add(j, keep_lanes<T>(load(ds + j), keep + j));
     else
       for (; j < n; j += W) add(j, load(ds + j));
-    sum_square_ += horizontal_sum<T>(square_row + square_column);
+    sum_square_ += horizontal_sum<T>(square);
     sum_row_ += horizontal_sum<T>(row);
     sum_column_ += horizontal_sum<T>(column);
   }
