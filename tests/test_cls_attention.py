@@ -179,6 +179,7 @@ VALUE_ERRORS = [
     ({"k": torch.zeros(2, 3, 10, 4, dtype=torch.float64)}, r"k must be torch.float32 like q, got torch.float64"),
     ({"num_prefix_tokens": 11}, r"num_prefix_tokens must be in \[0, N=10\], got 11"),
     ({"num_prefix_tokens": None}, "num_prefix_tokens must be an int, got None"),
+    ({"num_prefix_tokens": True}, "num_prefix_tokens must be an int, got True"),
     ({"num_prefix_tokens": 1.0}, "num_prefix_tokens must be an int, got 1.0"),
     ({"scale": "a"}, "scale must be a finite number, got 'a'"),
     ({"num_prefix_tokens": -1}, "num_prefix_tokens must be 0 or more, got -1"),

@@ -270,7 +270,9 @@ def check_finite(op: str, argument: str, x: float) -> None:
 
 
 def integer(op: str, argument: str, n: Any, lowest: int = 0) -> int:
-    """`n` as an int. Raises ValueError where it is none, or below `lowest`."""
+    """`n` as an int. Raises ValueError where it is none, a bool, or below `lowest`."""
+    if isinstance(n, bool):
+        raise invalid(op, argument, "an int", n)
     if not isinstance(n, (int, torch.SymInt)):
         try:
             n = operator.index(n)

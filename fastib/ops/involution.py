@@ -52,8 +52,6 @@ def involution(x: Tensor, weight: Tensor, *, stride: int = 1, dilation: int = 1,
 
 
 def _step(name: str, value: int) -> int:
-    if isinstance(value, bool):
-        raise invalid(_NAME, name, "an int", repr(value))
     value = integer(_NAME, name, value, lowest=1)
     if value >= 1 << 20:
         raise invalid(_NAME, name, "below 2^20", value)

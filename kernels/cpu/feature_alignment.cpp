@@ -40,10 +40,11 @@ struct Centered {
   T rest, factor;
 };
 
-// Subtracts `mean` from the first C of a padded row; behind them stands what is left of it.
+// Takes the mean, of the row's `sum`, off the first C of a padded row if it `centers`; behind them stands what is left.
 template <typename T>
-Centered<T> center(T* x, int64_t padded, int64_t C, bool centers, T mean, double eps) {
+Centered<T> center(T* x, int64_t padded, int64_t C, bool centers, T sum, double eps) {
   constexpr int W = kLanes<T>;
+  const T channels = static_cast<T>(C), mean = centers ? sum / channels : T(0);
   TurnedSum<T> total, squares;
   for (int64_t c = 0; c < padded; c += W) {
     Vec<T> value = load(x + c) - mean;
@@ -53,7 +54,7 @@ Centered<T> center(T* x, int64_t padded, int64_t C, bool centers, T mean, double
     total.add(value);
     squares.add(value * value);
   }
-  const T channels = static_cast<T>(C), rest = centers ? total.total() / channels : T(0);
+  const T rest = centers ? total.total() / channels : T(0);
   for (int64_t c = C; c < padded; ++c) x[c] = rest;
   const T square = squares.total() - channels * rest * rest;
   return {rest, 1 / std::sqrt((square < 0 ? T(0) : square) + static_cast<T>(C * eps))};
@@ -75,9 +76,8 @@ void forward(const FeatureAlignmentParams& p, int64_t begin, int64_t end) {
     const Rows<const E> teachers{teacher + l * p.teacher_step * p.teacher_stride[1], p.teacher_stride[1]};
     const T s_sum = average(s, padded, students, p.student_step, p.C);
     const T t_sum = average(t, padded, teachers, p.teacher_step, p.C);
-    const T channels = static_cast<T>(p.C);
-    const auto [s_rest, s_factor] = center(s, padded, p.C, p.center, p.center ? s_sum / channels : T(0), p.eps);
-    const auto [t_rest, t_factor] = center(t, padded, p.C, p.center, p.center ? t_sum / channels : T(0), p.eps);
+    const auto [s_rest, s_factor] = center(s, padded, p.C, p.center, s_sum, p.eps);
+    const auto [t_rest, t_factor] = center(t, padded, p.C, p.center, t_sum, p.eps);
     TurnedSum<T> squares, products;
     for (int64_t c = 0; c < padded; c += W) {
       const Vec<T> unit = (load(s + c) - s_rest) * s_factor, difference = unit - (load(t + c) - t_rest) * t_factor;
