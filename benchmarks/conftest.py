@@ -15,6 +15,7 @@ if str(ROOT) not in sys.path:
 from benchmarks.harness import Unavailable  # noqa: E402
 from benchmarks.house import House, Options  # noqa: E402
 from benchmarks.report import publish  # noqa: E402
+from fastib.train.host_memory import keep_freed_memory  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -25,6 +26,7 @@ def pytest_addoption(parser):
     group.addoption("--bench-device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it is")
     group.addoption("--bench-backend", help="backend of our operators, their own choice by default")
     group.addoption("--bench-layout", choices=("dense", "packed"), default="dense", help="memory layout of q, k, v")
+    group.addoption("--keep-freed-memory", action="store_true", help="malloc as in `fastib train`; a file of its own")
     group.addoption("--bench-results", type=Path, default=ROOT / "benchmarks" / "results", help="where results go")
 
 
@@ -39,6 +41,9 @@ def pytest_collect_file(file_path, parent):
 def pytest_configure(config):
     # float32 means float32, for every peer
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    kept = config.getoption("--keep-freed-memory")
+    if kept and not keep_freed_memory():
+        raise pytest.UsageError("--keep-freed-memory: needs glibc, and no setting of malloc in the environment")
     config.fastib_house = House(
         Options(
             seconds=config.getoption("--bench-seconds"),
@@ -46,6 +51,7 @@ def pytest_configure(config):
             quick=config.getoption("--quick"),
             backend=config.getoption("--bench-backend"),
             results=config.getoption("--bench-results"),
+            suffix="-freed-memory-kept" if kept else "",
         )
     )
 

@@ -63,13 +63,17 @@ class Job:
 
 @dataclass
 class Options:
-    """Of one session: seconds per case (None: the case's own), all seconds, quick, where the results go."""
+    """Of one session: seconds per case (None: the case's own), all seconds, quick, where the results go.
+
+    suffix: of the results' file, for a session whose process is set up in a way of its own.
+    """
 
     seconds: float | None = None
     budget: float | None = None
     quick: bool = False
     backend: str | None = None
     results: Path = Path("benchmarks/results")
+    suffix: str = ""
 
 
 @dataclass
@@ -149,7 +153,7 @@ class House:
 
     def write(self, job: Job, seen: dict[str, Measurement], ceilings: dict) -> None:
         """Puts this case into the device's results; other cases stay, each with the commit it was measured at."""
-        path = self.options.results / f"{device_slug(job.device)}.json"
+        path = self.options.results / f"{device_slug(job.device)}{self.options.suffix}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         stored = json.loads(path.read_text()) if path.exists() else {"cases": {}}
         machine = describe(job.device)

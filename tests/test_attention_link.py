@@ -249,6 +249,8 @@ VALUE_ERRORS = [
     ({"attn": torch.zeros(2, 3)}, r"attn must be of shape \(B, M, S\), got \(2, 3\)"),
     ({"weight": torch.zeros(4, 5)}, r"weight must be of shape \(C, M=3\), got \(4, 5\)"),
     ({"bias": torch.zeros(3)}, r"bias must be of shape \(4,\), got \(3,\)"),
+    ({"bias": None}, r"bias must be of shape \(4,\), got None"),
+    ({"target": None}, r"target must be of shape \(2, 4, 5\), got None"),
     ({"mask": torch.ones(4, 2, dtype=torch.bool)}, r"mask must be of shape \(4, 3\), got \(4, 2\)"),
     ({"mask": torch.ones(4, 3)}, r"mask must be bool, got torch.float32"),
     ({"target": torch.zeros(2, 4, 6)}, r"target must be of shape \(2, 4, 5\), got \(2, 4, 6\)"),

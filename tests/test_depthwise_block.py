@@ -176,10 +176,11 @@ def test_sizes_of_zero(target, shape):
     inputs, grad_out = draw(*shape, torch.float32)
     statistics = constants(shape[2])
     place = [t.to(target.device) for t in (*inputs, grad_out)]
-    options = {"statistics": statistics.to(target.device), "backend": target.backend}
-    actual = value_and_grads(lambda *t: depthwise_block(*t, shape[1], **options)[0], place[:-1], place[-1])
-    for a, b in zip(actual, (inputs[0], *inputs), strict=True):
-        assert a.shape == b.shape and not a.any()
+    for backend in (target.backend, "reference"):
+        options = {"statistics": statistics.to(target.device), "backend": backend}
+        actual = value_and_grads(lambda *t: depthwise_block(*t, shape[1], **options)[0], place[:-1], place[-1])  # noqa: B023
+        for a, b in zip(actual, (inputs[0], *inputs), strict=True):
+            assert a.shape == b.shape and not a.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)

@@ -197,13 +197,14 @@ def _no_second_derivative(op: str) -> RuntimeError:
     return RuntimeError(f"{op}: the kernels have no second derivative; pass backend='reference'")
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the autocast dtype where autocast is on; float64 stays, as in PyTorch."""
+def autocast(*tensors: Any) -> Any:
+    """The tensors in the autocast dtype where autocast is on; float64 stays, as in PyTorch, and so does None."""
     device = "cpu" if tensors[0].is_cpu else "cuda"
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype) for t in tensors)
+    kept = (t is None or t.dtype == torch.float64 or not t.is_floating_point() for t in tensors)
+    return tuple(t if keep else t.to(dtype) for t, keep in zip(tensors, kept, strict=True))
 
 
 def channels_last(x: Tensor) -> bool:

@@ -52,7 +52,7 @@ def attention_link_loss(
     backend that does not fit.
     """
     attn, target = _backend.autocast(attn, target)
-    _check(attn, weight, bias, target, mask)
+    _check(attn, weight, bias, mask, target=target)
     if reduction not in ("mean", "sum", "none"):
         raise invalid(_NAME, "reduction", "'mean', 'sum' or 'none'", repr(reduction))
     _backend.check_finite(_NAME, "eps", eps)
@@ -82,36 +82,36 @@ def augment_attention(attn: Tensor, weight: Tensor, bias: Tensor, *, mask: Tenso
     Arguments and errors as for `attention_link_loss`. Plain PyTorch.
     """
     (attn,) = _backend.autocast(attn)
-    _check(attn, weight, bias, None, mask)
+    _check(attn, weight, bias, mask)
     return augment_attention_ref(attn, weight, bias, mask)
 
 
-def _check(attn: Tensor, weight: Tensor, bias: Tensor, target: Tensor | None, mask: Tensor | None) -> None:
+def _check(attn: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, **target: Tensor) -> None:
     if attn.dim() != 3:
         raise invalid(_NAME, "attn", "of shape (B, M, S)", tuple(attn.shape))
     batch, maps, positions = attn.shape
     if weight.dim() != 2 or weight.shape[1] != maps:
         raise invalid(_NAME, "weight", f"of shape (C, M={maps})", tuple(weight.shape))
     channels = weight.shape[0]
-    expected = {"bias": (bias, (channels,)), "mask": (mask, (channels, maps))}
-    expected["target"] = (target, (batch, channels, positions))
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
-            raise invalid(_NAME, name, f"of shape {tuple(shape)}", tuple(tensor.shape))
+    shapes = {"bias": (channels,), "mask": (channels, maps), "target": (batch, channels, positions)}
+    others = {"bias": bias, **target} if mask is None else {"bias": bias, "mask": mask, **target}
+    for name, tensor in others.items():
+        if tensor is None or tensor.shape != shapes[name]:
+            raise invalid(_NAME, name, f"of shape {shapes[name]}", None if tensor is None else tuple(tensor.shape))
     if attn.dtype not in _backend.DTYPES:
         raise invalid(_NAME, "attn", "float32, bfloat16, float16 or float64", attn.dtype)
     for name, tensor in {"weight": weight, "bias": bias}.items():
         if not tensor.is_floating_point():
             raise invalid(_NAME, name, "floating point", tensor.dtype)
-    if target is not None and target.dtype != attn.dtype:
-        raise invalid(_NAME, "target", f"{attn.dtype} like attn", target.dtype)
-    if target is not None and target.requires_grad:
-        raise invalid(_NAME, "target", "a constant", "a tensor that requires grad")
+    for tensor in target.values():
+        if tensor.dtype != attn.dtype:
+            raise invalid(_NAME, "target", f"{attn.dtype} like attn", tensor.dtype)
+        if tensor.requires_grad:
+            raise invalid(_NAME, "target", "a constant", "a tensor that requires grad")
     if mask is not None and mask.dtype != torch.bool:
         raise invalid(_NAME, "mask", "bool", mask.dtype)
-    for name, tensor in {"weight": weight, "bias": bias, "target": target, "mask": mask}.items():
-        if tensor is not None:
-            check_device(_NAME, name, tensor, attn.device)
+    for name, tensor in {"weight": weight, **others}.items():
+        check_device(_NAME, name, tensor, attn.device)
 
 
 def _forward_fake(attn: Tensor, weight: Tensor, *_: Any) -> Tensor:

@@ -47,9 +47,7 @@ def generalized_conv(
 
     Raises ValueError for a wrong shape, dtype or range, RuntimeError for a device or backend that does not fit.
     """
-    x, w_v, w_o = _backend.autocast(x, w_v, w_o)
-    if bias is not None:
-        (bias,) = _backend.autocast(bias)
+    x, w_v, w_o, bias = _backend.autocast(x, w_v, w_o, bias)
     num_heads = _backend.integer(_NAME, "num_heads", num_heads, lowest=1)
     _check(x, w_v, w_o, bias, num_heads)
     if _OP.choose(backend, x) == "reference":

@@ -43,6 +43,9 @@ def depthwise_block_ref(
 
     s = F.gelu(norm(x, gamma1, beta1, 0))
     places = s.transpose(1, 2).reshape(batch, channels, grid_h, grid_w)
-    conv = F.conv2d(places, weight.to(s.dtype), bias.to(s.dtype), padding=1, groups=max(channels, 1))
+    if places.numel():
+        conv = F.conv2d(places, weight.to(s.dtype), bias.to(s.dtype), padding=1, groups=channels)
+    else:  # which conv2d refuses; weight and bias have a gradient of nothing
+        conv = places + (weight.sum() + bias.sum()).to(s.dtype)
     out = F.gelu(norm(conv.flatten(2).transpose(1, 2), gamma2, beta2, 1)) + s
     return out, torch.stack(used).detach()
