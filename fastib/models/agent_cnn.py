@@ -139,13 +139,14 @@ class AgentCNN(nn.Module):
         down_sample: blocks (from 0) after which 2 x 2 places are averaged.
         drop_rate, proj_drop_rate: dropout inside the MLP, and of what is added to x.
         weights: `SharedWeights` of the transformer; None: convolutions with dense taps and MLPs of its own.
+        global_pool: "avg", or "" for the map itself.
     """
 
     def __init__(
         self, in_chans: int = 3, num_classes: int = 1000, dim: int = 288, depth: int = 6, num_heads: int = 9,
         hidden: int = 1152, patch_size: int = 16, form: str = "res", pre_norm: bool = True,
         down_sample: Sequence[int] = (), drop_rate: float = 0.0, proj_drop_rate: float = 0.0,
-        weights: SharedWeights | None = None, device=None, dtype=None,
+        weights: SharedWeights | None = None, global_pool: str = "avg", device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
         if form not in ("base", "res"):
@@ -155,7 +156,7 @@ class AgentCNN(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = dim
-        self.down_sample, self.grad_checkpointing, self.global_pool = tuple(down_sample), False, "avg"
+        self.down_sample, self.grad_checkpointing, self.global_pool = tuple(down_sample), False, global_pool
         self.stem = Stem(form, in_chans, dim, patch_size, **dd)
         self.blocks = nn.ModuleList(
             AgentBlock(dim, num_heads, hidden, pre_norm, drop_rate, proj_drop_rate, weights, layer, **dd)
@@ -250,9 +251,12 @@ def describe_agent(
     ValueError where the model is no such ViT.
     """
     shared = SharedWeights(vit)
-    patch, depth = getattr(getattr(vit, "patch_embed", None), "proj", None), len(shared.blocks)
+    embedding, depth = getattr(vit, "patch_embed", None), len(shared.blocks)
+    patch = getattr(embedding, "proj", None)
     if not isinstance(patch, nn.Conv2d) or patch.kernel_size[0] != patch.kernel_size[1]:
         raise ValueError(f"vit: an agent needs square patches, and {type(vit).__name__} has none")
+    if hasattr(embedding, "backbone"):
+        raise ValueError(f"vit: an agent needs patches of the image, not of a map as in {type(embedding).__name__}")
     attn, mlp = shared.blocks[0].attn, shared.blocks[0].mlp
     if down_sample is None:
         down_sample = () if form == "base" or depth < 4 else (depth // 4 - 1, depth * 3 // 4 - 1)

@@ -180,7 +180,7 @@ class CiT(VisionTransformer):
             position = resample_abs_pos_embed(position, grid, self.patch_embed.grid_size, prefix)
         if position is not None and self.no_embed_class:
             patches, position = patches + position, None
-        x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens, patches], dim=1)
+        x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens, patches], dim=1)
         return self.pos_drop(x if position is None else x + position)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:

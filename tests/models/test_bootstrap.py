@@ -239,3 +239,16 @@ def test_behaves_as_a_timm_model():
     student = timm.create_model("bootstrap_vit_small_patch16_224", img_size=32, embed_dim=36, num_classes=4, depth=1)
     assert student(torch.randn(2, 3, 32, 32)).shape == (2, 4)
     assert student.no_weight_decay() >= {"pos_embed", "cls_token"}
+
+
+def test_agents_may_leave_the_map_unpooled():
+    agent = timm.create_model("agent_cnn_small", num_classes=0, global_pool="").eval()
+    pooled = timm.create_model("agent_cnn_small", num_classes=0).eval()
+    pooled.load_state_dict(agent.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(agent(images).mean((2, 3)), pooled(images))
+
+
+def test_an_agent_of_a_hybrid_is_refused():
+    with pytest.raises(ValueError, match="vit: an agent needs patches of the image, not of a map as in HybridEmbed"):
+        agent_for(timm.create_model("vit_tiny_r_s16_p8_224"))

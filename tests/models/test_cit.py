@@ -295,3 +295,12 @@ def test_bad_images():
         small(**ALIGNED, dynamic_img_size=True)(torch.zeros(1, 1, 12, 10))
     with pytest.raises(ValueError, match=r"patch_size: expected \(4, 4\), fixed in these layers, got \(2, 2\)"):
         model.set_input_size(patch_size=(2, 2))
+
+
+def test_aligned_tokens_are_exported_for_any_batch():
+    model = timm.create_model("cit_small_aligned_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=1,
+                              num_heads=2).eval()  # fmt: skip
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},)).module()
+    images = torch.randn(5, 3, 32, 32)
+    torch.testing.assert_close(program(images), model(images), atol=1e-5, rtol=1e-5)
