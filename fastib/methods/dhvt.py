@@ -49,14 +49,14 @@ def analyze_head_tokens(
     folder: where head_tokens.png goes. layer: counted from 1. count: of images. head: the attention head, from 1; None
     shows the mean of all. student: the trained model. images: gives `count` inputs and their pictures in [0, 1].
     """
-    if not isinstance(count, int) or count < 1:
+    if type(count) is not int or count < 1:
         raise ValueError(f"count: expected a number of at least 1, got {count!r}")
-    if not isinstance(layer, int):
+    if type(layer) is not int:
         raise ValueError(f"layer: expected a number, got {layer!r}")
     inputs, pictures = images(count)
     maps = head_token_maps(student, inputs, layer)
     heads = maps.shape[2]
-    if head is not None and not (isinstance(head, int) and 1 <= head <= heads):
+    if head is not None and not (type(head) is int and 1 <= head <= heads):
         raise ValueError(f"head: expected a number in [1, {heads}], got {head!r}")
     shares = maps.mean(2) if head is None else maps[:, :, head - 1]  # (B, T, N)
     patches = shares[:, :, 1:]

@@ -29,6 +29,8 @@ def test_head_tokens_are_analyzed(heads, tmp_path, capsys):
     assert all(f"head token {i}" in out for i in (1, 2)) and f"wrote {run}/analysis/head_tokens.png" in out
     assert (run / "analysis/head_tokens.png").read_bytes().startswith(b"\x89PNG")
     for words, message in ((["layer=3"], "layer: expected a number in [1, 2], got 3"),
+                           (["layer=true"], "layer: expected a number, got True"),
+                           (["count=true"], "count: expected a number of at least 1, got True"),
                            (["student=1"], "unknown key student; known keys: layer, count, head")):  # fmt: skip
         assert main(["analyze", "head-tokens", str(run), *words]) == 1
         assert message in capsys.readouterr().err
