@@ -11,7 +11,8 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fastib.methods import MethodOptions, get_method
+from fastib.methods import MethodOptions, get_method, list_methods
+from fastib.train.checkpoint import write_text
 from fastib.train.errors import ConfigError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -177,8 +178,8 @@ def load_config(
     if data is not None:
         layers.append(("--data", _data_layer(data, layers[0][1] if path else None)))
     layers += [(override, _read_override(override)) for override in overrides]
-    name = OmegaConf.select(layers[0][1], "method.name") if path else None
-    return _build(name or method, layers)
+    named = OmegaConf.select(layers[0][1], "method.name") if path and method not in list_methods() else None
+    return _build(named or method, layers)
 
 
 def read_config(path: Path | str) -> TrainConfig:
@@ -190,7 +191,7 @@ def read_config(path: Path | str) -> TrainConfig:
 
 def save_config(config: TrainConfig, path: Path | str) -> None:
     """Write `config` as YAML, every value spelt out."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    write_text(Path(path), OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def list_recipes() -> list[str]:
@@ -247,6 +248,12 @@ def _build(method: str, layers: list[tuple[str, Any]]) -> TrainConfig:
         raise ConfigError(str(error)) from None
     schema = merged = OmegaConf.structured(TrainConfig(method=options(name=method)))
     for source, layer in layers:
+        section = layer.get("method")
+        named = section.get("name") if OmegaConf.is_dict(section) else None
+        if named not in (None, method):
+            raise ConfigError(f"{source}: it is for the method {named!r}, not for {method!r}")
+        if layer.get("precision") is False:
+            layer.precision = "no"  # which YAML reads as a bool
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
@@ -273,28 +280,39 @@ def _explain(error: OmegaConfBaseException, schema) -> str:
 
 def check(config: TrainConfig) -> None:
     """Raise ConfigError for values that no run can have."""
-    data, augment = config.data, config.data.augment
-    positive = {
-        "epochs": config.epochs,
-        "grad_accum": config.grad_accum,
-        "eval_every": config.eval_every,
-        "log_every": config.log_every,
-        "checkpoint.keep": config.checkpoint.keep,
-        "data.batch_size": data.batch_size,
-        "data.eval_batch_size": data.eval_batch_size,
-        "data.augment.repeats": augment.repeats,
-    }
-    if augment.crop_padding is not None and augment.crop_padding < 0:
-        raise ConfigError(f"data.augment.crop_padding must be at least 0, got {augment.crop_padding}")
-    if config.steps is not None:
-        positive["steps"] = config.steps
-    for key, value in positive.items():
-        if value < 1:
-            raise ConfigError(f"{key} must be at least 1, got {value}")
-    for key, value in {"data.train_fraction": data.train_fraction, "data.eval_fraction": data.eval_fraction}.items():
-        if not 0 < value <= 1:
-            raise ConfigError(f"{key} must be in (0, 1], got {value}")
-    if not 0 <= config.ema.decay < 1:
-        raise ConfigError(f"ema.decay must be in [0, 1), got {config.ema.decay}")
+    data, augment, sched, checkpoint = config.data, config.data.augment, config.sched, config.checkpoint
+    bounds = [
+        ("at least 1", lambda value: value >= 1, {
+            "epochs": config.epochs, "steps": config.steps, "grad_accum": config.grad_accum,
+            "eval_every": config.eval_every, "log_every": config.log_every, "checkpoint.keep": checkpoint.keep,
+            "data.batch_size": data.batch_size, "data.eval_batch_size": data.eval_batch_size,
+            "data.img_size": data.img_size, "data.in_chans": data.in_chans, "data.num_classes": data.num_classes,
+            "data.augment.repeats": augment.repeats,
+        }),
+        ("at least 0", lambda value: value >= 0, {
+            "optim.weight_decay": config.optim.weight_decay, "sched.warmup_epochs": sched.warmup_epochs,
+            "sched.cooldown_epochs": sched.cooldown_epochs, "checkpoint.every_epochs": checkpoint.every_epochs,
+            "checkpoint.every_steps": checkpoint.every_steps, "data.workers": data.workers,
+            "data.augment.mixup": augment.mixup, "data.augment.cutmix": augment.cutmix,
+            "data.augment.crop_padding": augment.crop_padding,
+        }),
+        ("above 0", lambda value: value > 0, {
+            "clip_grad": config.clip_grad, "sched.decay_epochs": sched.decay_epochs,
+        }),
+        ("in (0, 1]", lambda value: 0 < value <= 1, {"data.train_fraction": data.train_fraction}),
+        ("in (0, 1)", lambda value: 0 < value < 1, {"data.eval_fraction": data.eval_fraction}),
+        ("in [0, 1)", lambda value: 0 <= value < 1, {"ema.decay": config.ema.decay}),
+        ("in [0, 1]", lambda value: 0 <= value <= 1, {
+            "data.augment.smoothing": augment.smoothing, "data.augment.mixup_prob": augment.mixup_prob,
+            "data.augment.mixup_switch_prob": augment.mixup_switch_prob,
+        }),
+        ("in [0, 2^32)", lambda value: 0 <= value < 2**32, {"data.split_seed": data.split_seed}),
+    ]  # fmt: skip
+    for bound, fits, values in bounds:
+        for key, value in values.items():
+            if value is not None and not fits(value):
+                raise ConfigError(f"{key} must be {bound}, got {value}")
     if data.batch_size % config.grad_accum:
         raise ConfigError(f"data.batch_size={data.batch_size} does not split into grad_accum={config.grad_accum} parts")
+    if data.name == "digits" and data.path is not None:
+        raise ConfigError(f"data.path={data.path} does not go with data.name=digits: give --data, or data.name=folder")

@@ -3,7 +3,7 @@
 import pytest
 
 from fastib.methods import Method, get_method, list_methods, register_method
-from fastib.train.config import list_recipes, load_config, read_config, save_config
+from fastib.train.config import RECIPES, list_recipes, load_config, read_config, save_config
 from fastib.train.errors import ConfigError
 
 
@@ -61,11 +61,33 @@ def test_recipes_of_the_package_are_valid(name):
         (["data.train_fraction=0"], r"train_fraction must be in \(0, 1\], got 0"),
         (["ema.decay=1"], r"ema\.decay must be in \[0, 1\)"),
         (["data.batch_size=10", "grad_accum=4"], "batch_size=10 does not split into grad_accum=4"),
+        (["clip_grad=0"], r"clip_grad must be above 0, got 0\.0"),
+        (["clip_grad=-1"], r"clip_grad must be above 0, got -1\.0"),
+        (["data.workers=-1"], r"data\.workers must be at least 0, got -1"),
+        (["data.img_size=0"], r"data\.img_size must be at least 1, got 0"),
+        (["data.split_seed=-1"], r"data\.split_seed must be in \[0, 2\^32\), got -1"),
+        (["data.eval_fraction=1"], r"data\.eval_fraction must be in \(0, 1\), got 1\.0"),
+        (["data.augment.mixup=-1"], r"data\.augment\.mixup must be at least 0, got -1\.0"),
+        (["data.augment.smoothing=2"], r"data\.augment\.smoothing must be in \[0, 1\], got 2\.0"),
+        (["sched.decay_epochs=0"], r"sched\.decay_epochs must be above 0, got 0\.0"),
+        (["data.path=images"], r"data\.path=images does not go with data\.name=digits: give --data"),
+        (["method.name=dearkd"], r"method\.name=dearkd: it is for the method 'dearkd', not for 'plain'"),
+        (["method.name=mars"], r"method\.name=mars: it is for the method 'mars', not for 'plain'"),
     ],
 )
 def test_wrong_values_are_named(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config("plain", overrides=overrides)
+
+
+def test_float32_can_be_asked_for_over_another_precision():
+    assert load_config("plain", overrides=["precision=bf16", "precision=no"]).precision == "no"
+
+
+def test_a_recipe_of_another_method_is_refused():
+    with pytest.raises(ConfigError, match=r"dearkd/digits\.yaml: it is for the method 'dearkd', not for 'plain'"):
+        load_config("plain", str(RECIPES / "dearkd" / "digits.yaml"))
+    assert load_config("teacher", str(RECIPES / "dearkd" / "digits.yaml")).method.name == "dearkd"
 
 
 def test_wrong_methods_and_recipes_are_named(tmp_path):
