@@ -20,7 +20,10 @@ STATE = "state.json"
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file and wait until it is on the disk. Tensors that share memory are written separately."""
+    """Write a safetensors file and wait until it is on the disk. Tensors that share memory are written separately.
+
+    Raises CheckpointError naming the file, which is then not there.
+    """
     seen: set[int] = set()
     whole = {}
     for name, tensor in tensors.items():
@@ -28,8 +31,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         pointer = tensor.untyped_storage().data_ptr()
         whole[name] = tensor.clone() if pointer in seen else tensor
         seen.add(pointer)
-    save_file(whole, path, metadata={"format": "pt"} | (metadata or {}))
-    _sync(path)
+    try:
+        save_file(whole, path, metadata={"format": "pt"} | (metadata or {}))
+        _sync(path)
+    except (OSError, SafetensorError) as error:
+        path.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error}") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -103,14 +110,17 @@ class Checkpoints:
             best: step of the best evaluation so far.
         """
         target = self.path(step)
-        temporary = self.folder / f".{target.name}.tmp"
+        temporary = self.folder / ".tmp"  # of one that was broken off, too
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for stem, values in tensors.items():
-            write_tensors(temporary / f"{stem}.safetensors", values)
         header = {"format": FORMAT, "version": VERSION, "torch": torch.__version__, "files": sorted(tensors)}
-        (temporary / STATE).write_text(json.dumps(header | {"step": step} | state), encoding="utf-8")
-        _sync(temporary / STATE)
+        try:
+            for stem, values in tensors.items():
+                write_tensors(temporary / f"{stem}.safetensors", values)
+            write_text(temporary / STATE, json.dumps(header | {"step": step} | state))
+        except (CheckpointError, OSError):
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         _sync(temporary)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(temporary, target)

@@ -57,6 +57,8 @@ class Comparison:
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
                 raise ConfigError(f"fractions must be in (0, 1], got {fraction}")
+        if self.epochs is not None and self.epochs < 1:
+            raise ConfigError(f"epochs must be at least 1, got {self.epochs}")
         if not self.fractions or not self.seeds:
             raise ConfigError("a comparison needs at least one fraction and one seed")
         self.methods = sorted(set(self.methods or known), key=lambda name: (name != BASELINE, name))
@@ -110,6 +112,8 @@ def compare(comparison: Comparison) -> list[Path]:
 
     They are written anew after every run. Raises ConfigError where the folder holds a comparison with other settings.
     """
+    for method in comparison.methods:
+        comparison.configure(method, comparison.fractions[0], comparison.seeds[0])  # a wrong option ends here
     comparison.output.mkdir(parents=True, exist_ok=True)
     _claim(comparison)
     scores: dict[tuple[str, float], dict[int, float]] = {}

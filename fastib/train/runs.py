@@ -18,13 +18,16 @@ CONFIG, RESULT, STUDENT = "config.yaml", "result.json", "student.safetensors"
 def fresh_folder(config: TrainConfig) -> Path:
     """Make the folder of a new run: ``config.output``, or the first free ``runs/METHOD-DATA-NNN``.
 
-    Raises ConfigError where ``config.output`` already holds a run.
+    Raises ConfigError where ``config.output`` already holds a run or cannot be made.
     """
     if config.output is not None:
         folder = Path(config.output)
         if (folder / CONFIG).exists():
             raise ConfigError(f"{folder} already holds a run: go on with --resume {folder}, or choose another output=")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output={folder}: cannot make the folder: {error}") from error
         return folder
     stem = f"{config.method.name}-{config.data.name.replace('/', '-')}"
     number = 1

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from timm.optim import create_optimizer_v2
 
 import fastib
+from fastib.train import checkpoint
 from fastib.train.checkpoint import Checkpoints, flatten_optimizer, read_tensors, unflatten_optimizer, write_tensors
 from fastib.train.errors import CheckpointError
 
@@ -118,3 +120,18 @@ def test_nothing_is_pickled():
             words.append("import pickle")
         for word in words:
             assert word not in text, f"{path} uses {word}"
+
+
+def test_a_full_disk_leaves_the_checkpoints_there_are(tmp_path, monkeypatch):
+    store = Checkpoints(tmp_path)
+    store.save(1, {"model": {"w": torch.tensor(1)}}, {}, None)
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"cannot write .*model\.safetensors: No space left on device"):
+        store.save(2, {"model": {"w": torch.tensor(2)}}, {}, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert store.load(1)[0]["model"]["w"] == 1
