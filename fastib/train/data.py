@@ -32,10 +32,11 @@ class Data:
     train: Dataset
     eval: Dataset
 
-    def steps_per_epoch(self, batch_size: int, world: int = 1) -> int:
-        """Whole batches in the training set; at least 1."""
-        size = len(self.train) * (world if isinstance(self.train, Stream) else 1)
-        return max(size // batch_size, 1)
+    def steps_per_epoch(self, batch_size: int, accumulate: int = 1, world: int = 1) -> int:
+        """Whole batches in the training set. Raises ConfigError where there is none, or where it cannot be split."""
+        if isinstance(self.train, Stream):
+            return max(len(self.train) * world // batch_size, 1)
+        return TrainBatches(len(self.train), batch_size, 0, stop=0, accumulate=accumulate, world=world).steps
 
     def train_loader(self, config: DataConfig, seed: int, *, start: int, stop: int, accumulate=1, rank=0, world=1):
         """Iterator over the micro-batches of the steps from `start` to `stop` of this process."""
@@ -96,10 +97,22 @@ class Images(Dataset):
             else:
                 image, target, *_ = reader[index]
                 image = Image.open(image)
-            return image.convert(self.mode), target
-        except (OSError, SyntaxError, ValueError) as error:
+            return convert(image, self.mode), target
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             name = reader.filename(index, absolute=True) if reader is not None else f"number {index}"
             raise DataError(f"cannot read the image {name}: {error}") from error
+
+
+def convert(image: Image.Image, mode: str) -> Image.Image:
+    """`image` in 8 bits: "RGB" or "L". Of 16 bits the upper eight, where PIL cuts off all above 255.
+
+    Raises ValueError for numbers of 32 bits, whose range is not known.
+    """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"expected 8 or 16 bits a channel, got PIL's mode {image.mode}")
+    return image.convert(mode)
 
 
 class PaddedCrop:
@@ -149,6 +162,8 @@ def _images(config: DataConfig, seed: int, rank: int) -> Data:
     mode = "RGB" if config.in_chans == 3 else "L"
     train, held_out = (_open(config, split, training, mode) for split, training in
                        ((config.train_split, True), (config.eval_split, False)))  # fmt: skip
+    if config.name == "folder":
+        _check_splits(config, train.reader.root, held_out.reader.root)
     _set_classes(config, _count_classes(train, held_out, config), config.path or config.name)
     transforms = _transform(config, True), _transform(config, False)
     if isinstance(train, IterableDataset):
@@ -157,7 +172,8 @@ def _images(config: DataConfig, seed: int, rank: int) -> Data:
         return Data(Stream(train, transforms[0], seed=seed, rank=rank, training=True),
                     Stream(held_out, transforms[1], seed=seed, rank=rank))  # fmt: skip
     train_part, eval_part = np.arange(len(train)), np.arange(len(held_out))
-    if config.name == "folder" and train.reader.root == held_out.reader.root:
+    whole = config.eval_fraction == 1  # another folder, see `evaluate_run`
+    if config.name == "folder" and train.reader.root == held_out.reader.root and not whole:
         train_part, eval_part = _split(_labels(train), 1 - config.eval_fraction, config.split_seed)
     if config.train_fraction < 1:
         train_part = train_part[_subset(_labels(train)[train_part], config)]
@@ -175,6 +191,9 @@ def _open(config: DataConfig, split: str, training: bool, mode: str):
         if config.path is None:
             raise DataError(f"data.path (--data) is needed for {config.name}: an archive as published, or its folder")
         return cifar.Cifar(config.name, Path(config.path), training=training)
+    if not folder and "/" not in config.name:
+        known = ", ".join(("digits", "folder", *cifar.NAMES))
+        raise DataError(f"data.name: expected {known} or a name of timm's such as hfds/..., got {config.name!r}")
     options = {} if config.name.startswith("torch/") else {"input_img_mode": mode}
     try:
         dataset = create_dataset(
@@ -190,9 +209,21 @@ def _open(config: DataConfig, split: str, training: bool, mode: str):
     return dataset
 
 
+def _check_splits(config: DataConfig, train_root: str, eval_root: str) -> None:
+    """timm takes the whole folder for a split that it does not find there, the other split's images included."""
+    for split, root, other in (("train_split", train_root, eval_root), ("eval_split", eval_root, train_root)):
+        if root == config.path != other:
+            raise DataError(
+                f"{config.path} has the folder {Path(other).name}, but none for data.{split}={getattr(config, split)}: "
+                f"name it, or set data.{split}={Path(other).name} to split the images of that folder"
+            )
+
+
 def _check_folder(root: Path, classes: dict[str, int]) -> None:
     if len(classes) < 2:
         raise DataError(f"{root} holds {len(classes)} class(es) ({', '.join(classes)}): expected one folder per class")
+    if "" in classes:
+        raise DataError(f"{root} holds images outside of the folders of its classes: expected one folder per class")
     extensions = get_img_extensions(as_set=True)
     for folder, subfolders, files in os.walk(root, followlinks=True):
         if not subfolders and not any(Path(name).suffix.lower() in extensions for name in files):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -67,7 +68,9 @@ def measure(method: Method, loader, accelerator, valid: int | None = None) -> di
 
 
 def evaluate_run(folder: Path, data: str | None = None) -> dict:
-    """Scores of a finished run's student on the run's evaluation images, or on those of the folder `data`.
+    """Scores of a finished run's student on the run's evaluation images, or on those of another folder, `data`.
+
+    Where that folder has no split of its own, all of its images count.
 
     Beside loss, top1 and top5 there are the tables of the run's method, see `Method.measure`; they are left out with a
     warning where a teacher is not there any more.
@@ -76,6 +79,8 @@ def evaluate_run(folder: Path, data: str | None = None) -> dict:
     """
     config = read_config(folder / CONFIG)
     if data is not None:
+        if os.path.realpath(data) != os.path.realpath(config.data.path or "digits"):
+            config.data.train_fraction = config.data.eval_fraction = 1.0
         config.data.name, config.data.path = ("digits", None) if data == "digits" else ("folder", data)
     if not (folder / STUDENT).is_file():
         raise CheckpointError(f"there is no {folder / STUDENT}: the run has not finished; go on with --resume {folder}")

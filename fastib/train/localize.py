@@ -10,6 +10,7 @@ one of most pixels.
 from __future__ import annotations
 
 import csv
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from fastib.nn import capture_cls_attention
 from fastib.train.build import load_student
 from fastib.train.config import TrainConfig, read_config
+from fastib.train.data import convert
 from fastib.train.errors import CheckpointError, ConfigError, DataError
 from fastib.train.runs import CONFIG, STUDENT
 
@@ -134,13 +136,13 @@ def read_boxes(path: Path, root: Path) -> list[Boxes]:
     if not root.is_dir():
         raise DataError(f"the data path {root} is no folder")
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file)
-            rows = list(table)
+            rows, names = list(table), table.fieldnames or ()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the boxes {path}: {error}") from error
-    if not set(COLUMNS) <= set(table.fieldnames or ()):
-        raise DataError(f"{path}: expected the columns {','.join(COLUMNS)}, got {','.join(table.fieldnames or ())}")
+    if not set(COLUMNS) <= set(names):
+        raise DataError(f"{path}: expected the columns {','.join(COLUMNS)}, got {','.join(names)}")
     found: dict[str, list] = {}
     for line, row in enumerate(rows, 2):
         try:
@@ -158,8 +160,8 @@ def read_boxes(path: Path, root: Path) -> list[Boxes]:
 def open_image(sample: Boxes, config: TrainConfig) -> Image.Image:
     """The image in the channels of the run. Raises DataError where it cannot be read or a box is not inside of it."""
     try:
-        image = Image.open(sample.path).convert("RGB" if config.data.in_chans == 3 else "L")
-    except (OSError, SyntaxError, ValueError) as error:
+        image = convert(Image.open(sample.path), "RGB" if config.data.in_chans == 3 else "L")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read the image {sample.path}: {error}") from error
     if (sample.boxes < 0).any() or (sample.boxes[:, 2:] > np.array(image.size)).any():
         raise DataError(f"a box of {sample.path} is outside of its {image.width} x {image.height} pixels")
@@ -187,5 +189,5 @@ def draw_overlay(sample: Boxes, image: Image.Image, score: np.ndarray, found, fo
     for box, color in [*((box, (0, 255, 0)) for box in sample.boxes), (np.array(found) * scale, (255, 0, 0))]:
         x0, y0, x1, y1 = (round(float(v)) for v in box)
         pen.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=color, width=width)
-    name = "_".join(sample.path.relative_to(root).with_suffix("").parts)
+    name = "_".join(Path(os.path.relpath(sample.path, root)).with_suffix("").parts)
     picture.save(folder / f"{name}.png")

@@ -80,7 +80,7 @@ class Trainer:
         torch.use_deterministic_algorithms(config.deterministic)
         seed_all(config.seed)
         self.data = build_data(config.data, config.seed, self.rank)
-        self.steps_per_epoch = self.data.steps_per_epoch(config.data.batch_size, self.world)
+        self.steps_per_epoch = self.data.steps_per_epoch(config.data.batch_size, config.grad_accum, self.world)
         self.total = config.steps or config.epochs * self.steps_per_epoch
         self.description = describe(config.model, config.data)
         student = build_model(**self.description, pretrained=config.model.pretrained)

@@ -36,6 +36,7 @@ class TrainBatches(Sampler[list[Key]]):
                 f"data.batch_size={batch_size} does not split into grad_accum={accumulate} x {world} processes"
             )
         self.size, self.batch_size, self.seed, self.repeats = size, batch_size, seed, repeats
+        self.steps = size // batch_size  # of an epoch
         self.start, self.stop = start, stop
         self.accumulate, self.rank, self.world = accumulate, rank, world
 
@@ -45,11 +46,10 @@ class TrainBatches(Sampler[list[Key]]):
         return order.repeat_interleave(self.repeats)[: self.size].tolist()
 
     def __iter__(self) -> Iterator[list[Key]]:
-        steps = self.size // self.batch_size
         part = self.batch_size // (self.accumulate * self.world)
         current, order = None, []
         for step in range(self.start, self.stop):
-            epoch, index = divmod(step, steps)
+            epoch, index = divmod(step, self.steps)
             if epoch != current:
                 current, order = epoch, self.order(epoch)
             for micro in range(self.accumulate):

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from timm.data.dataset import IterableImageDataset
 
 from fastib.train.config import DataConfig
-from fastib.train.data import Data, build_data
+from fastib.train.data import Data, build_data, convert
 from fastib.train.digits import MEAN, STD, affine
 from fastib.train.errors import ConfigError, DataError
 from fastib.train.sampling import EvalBatches, Stream, TrainBatches
@@ -239,3 +239,55 @@ def test_an_unreadable_image_is_named_and_never_stepped_over(folder, content):
         for part in (data.train, data.eval):
             for i in range(len(part)):
                 part[(0, i, i)]
+
+
+def test_a_split_that_is_missing_is_no_reason_to_test_on_training_images(folder, tmp_path):
+    for name, split in (("train", "eval_split=validation"), ("val", "train_split=train")):
+        root = tmp_path / f"only-{name}"
+        root.mkdir()
+        (root / name).symlink_to(folder)
+        with pytest.raises(DataError, match=rf"has the folder {name}, but none for data\.{split}: name it, or set"):
+            build_data(config(root))
+    root = tmp_path / "only-train"
+    data = build_data(config(root, eval_split="train", eval_fraction=0.25))
+    assert (len(data.train), len(data.eval)) == (18, 6)
+    (root / "test").symlink_to(folder)
+    with pytest.raises(DataError, match=r"has the folder train, but none for data\.eval_split=validation"):
+        build_data(config(root))
+    assert build_data(config(root, eval_split="test")).eval.dataset.reader.root == str(root / "test")
+
+
+def test_images_outside_of_the_class_folders_are_no_class(folder):
+    for i in range(2):
+        (folder / f"{i}.png").write_bytes((folder / "ant" / "00.png").read_bytes())
+    with pytest.raises(DataError, match="images holds images outside of the folders of its classes"):
+        build_data(config(folder))
+
+
+def test_unknown_names_of_data_sets_are_refused(folder):
+    with pytest.raises(DataError, match=r"data\.name: expected digits, folder, cifar10, cifar100 or .*'imagenet'"):
+        build_data(config(folder, name="imagenet"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_sixteen_bits_keep_the_upper_eight(mode):
+    pixels = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    ours = np.asarray(convert(Image.fromarray(pixels), mode))
+    expected = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert (ours == (expected[..., None] if mode == "RGB" else expected)).all()
+    with pytest.raises(ValueError, match="expected 8 or 16 bits a channel, got PIL's mode F"):
+        convert(Image.fromarray(np.zeros((2, 2), np.float32)), mode)
+
+
+def test_an_image_that_pil_finds_too_large_is_named(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    data = build_data(config(folder))
+    with pytest.raises(DataError, match=r"cannot read the image .*/ant/00\.png: Image size \(480 pixels\) exceeds"):
+        data.eval.read(0)
+
+
+def test_an_epoch_without_a_whole_batch_is_refused_at_once(folder):
+    data = build_data(config(folder, eval_fraction=0.5))
+    assert data.steps_per_epoch(5) == 2
+    with pytest.raises(ConfigError, match=r"data\.batch_size=13 is more than the 12 training images"):
+        data.steps_per_epoch(13)

@@ -117,6 +117,15 @@ def test_overlays(run, drawn, capsys):
     assert iou(found, (16, 16, 80, 48)) > 0.5
 
 
+def test_boxes_of_spreadsheets_and_of_absolute_paths(run, drawn, capsys):
+    (drawn.parent / "boxes.csv").write_text(f"\ufeffimage,x0,y0,x1,y1\n{drawn / '0.png'},16,16,80,48\n")
+    link = drawn.parent / "link"  # under which the absolute path does not lie
+    link.symlink_to(drawn)
+    assert localize(run, link, "--overlays", "1") == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 1
+    assert [path.suffix for path in (run / "overlays").iterdir()] == [".png"]
+
+
 def test_score_maps_average_all_layers_and_heads():
     torch.manual_seed(0)
     model = timm.create_model("pit_ti_224", img_size=48, base_dims=(8, 8, 8), depth=(1, 2, 1)).eval()
@@ -179,6 +188,7 @@ def test_iou():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("", r"boxes\.csv: expected the columns image,x0,y0,x1,y1, got"),
         ("image,x0,y0,x1\n", r"boxes\.csv: expected the columns image,x0,y0,x1,y1, got image,x0,y0,x1"),
         ("image,x0,y0,x1,y1\n", r"boxes\.csv lists no boxes"),
         ("image,x0,y0,x1,y1\n0.png,1,1,5,5\n0.png,5,1,5,5\n", r"boxes\.csv, line 3: expected numbers with x0 < x1"),
