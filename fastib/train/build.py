@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import timm
+import torch
 from torch import Tensor, nn
 
 import fastib.models  # noqa: F401 (registers its models with timm)
@@ -36,6 +37,17 @@ def build_model(name: str, kwargs: dict, num_classes: int, in_chans: int, img_si
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **options)
     except Exception as error:
         raise ConfigError(f"cannot build the model {name} with {options}: {error}") from error
+
+
+@torch.no_grad()
+def try_out(model: nn.Module, data: DataConfig, name: str) -> nn.Module:
+    """`model` after one empty image in eval mode. Raises ConfigError, naming it `name`, where it does not take it."""
+    shape, training = (data.in_chans, data.img_size, data.img_size), model.training
+    try:
+        model.eval()(torch.zeros(1, *shape))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{name} does not take images of {' x '.join(map(str, shape))}: {error}") from error
+    return model.train(training)
 
 
 def save_student(path: Path, weights: dict[str, Tensor], description: dict) -> None:

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signum
-    except HarnessError as error:
+    except (HarnessError, OSError) as error:  # a disk that is full, a folder that cannot be written to
         print(f"error: {_message(error)}", file=sys.stderr)
         return 1
 
@@ -191,10 +191,11 @@ def _build_info(fastib) -> dict:
         return {"native library": str(error)}
 
 
-def _message(error: HarnessError) -> str:
-    """The message; of an error in a loader process, its last line, without that process's traceback."""
+def _message(error: Exception) -> str:
+    """The message on one line; of an error in a loader process, its last line, without that process's traceback."""
     text = str(error).strip()
-    return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+    text = text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from timm.utils import ModelEmaV3
+from torch import nn
 
 from fastib.methods import get_method
-from fastib.train.build import build_model, describe, load_teacher, load_weights, save_student
+from fastib.train.build import build_model, describe, load_teacher, load_weights, save_student, try_out
 from fastib.train.checkpoint import Checkpoints, write_text
 from fastib.train.config import TrainConfig, read_config, save_config
 from fastib.train.data import build_data
@@ -39,6 +40,9 @@ def train(config: TrainConfig) -> dict:
     Returns what result.json holds: accuracies, steps, seconds, and ``folder``.
     """
     if uses_own_teachers(config):
+        data = build_data(config.data, config.seed)  # what is wrong with the student ends before the teachers' hours
+        data.steps_per_epoch(config.data.batch_size, config.grad_accum)
+        _student(config)
         for teacher in own_teachers(config, claim_folder(config)):
             folder = Path(teacher.output)
             if (folder / CONFIG).is_file():
@@ -46,6 +50,12 @@ def train(config: TrainConfig) -> dict:
             else:
                 train(teacher)
     return Trainer(config).fit()
+
+
+def _student(config: TrainConfig) -> nn.Module:
+    """Of a run whose data are known."""
+    model = build_model(**describe(config.model, config.data), pretrained=config.model.pretrained)
+    return try_out(model, config.data, f"the model {config.model.name}")
 
 
 def resume(folder: Path | str) -> dict:
@@ -83,13 +93,14 @@ class Trainer:
         self.steps_per_epoch = self.data.steps_per_epoch(config.data.batch_size, config.grad_accum, self.world)
         self.total = config.steps or config.epochs * self.steps_per_epoch
         self.description = describe(config.model, config.data)
-        student = build_model(**self.description, pretrained=config.model.pretrained)
+        student = _student(config)
         try:
-            method = cls(config.method, student, config.data.num_classes, load_teacher)
+            method = cls(config.method, student, config.data.num_classes, self._teacher)
         except ValueError as error:
             raise ConfigError(f"method {config.method.name}: {error}") from error
         self._prepare(method)
         self.step, self.best, self.sums, self.count = 0, None, {}, 0
+        self.saved: int | None = None  # step of the last checkpoint
         self.recent: list[torch.Tensor] = []
         self.names: tuple[str, ...] = ()
         self.seconds = 0.0
@@ -100,6 +111,9 @@ class Trainer:
             self._restore()
         elif self.accelerator.is_main_process:
             save_config(config, self.folder / CONFIG)
+
+    def _teacher(self, source: str) -> nn.Module:
+        return try_out(load_teacher(source), self.config.data, f"the teacher {source}")
 
     def _prepare(self, method) -> None:
         config = self.config
@@ -151,6 +165,9 @@ class Trainer:
             try:
                 if self.step < self.total:
                     self._loop()
+                elif (self.folder / STUDENT).is_file() and (self.folder / RESULT).is_file():
+                    self.screen.line(f"finished before; its result is in {self.folder / RESULT}")
+                    return json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
                 return self._finish()
             finally:
                 if main:
@@ -185,7 +202,7 @@ class Trainer:
                 self._checkpoint()
             if (epoch_end or self.step % config.log_every == 0 or self.world == 1) and self._stopping():
                 self._look()
-                path = self._checkpoint()
+                path = self.checkpoints.path(self.step) if self.saved == self.step else self._checkpoint()
                 name = signal.Signals(self.signals.caught or signal.SIGTERM).name
                 raise Stopped(
                     f"stopped by {name} after step {self.step}; checkpoint {path}; go on with --resume {self.folder}",
@@ -295,6 +312,7 @@ class Trainer:
                 tensors["ema"] = self.ema.module.state_dict()
             state |= {"best": self.best, "sums": self.sums, "count": self.count}
             self.checkpoints.save(self.step, tensors, state, self.best and self.best["step"])
+        self.saved = self.step
         self.accelerator.wait_for_everyone()
         return path
 

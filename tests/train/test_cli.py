@@ -2,11 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import fastib
+import fastib.train.evaluate as module
 from fastib.train.cli import main
 from fastib.train.config import save_config
+from fastib.train.loop import train
 
 
 def test_train_eval_and_resume(tiny, tmp_path, capsys):
@@ -48,6 +52,10 @@ def test_info_lists_what_there_is(capsys):
         (["train", "--resume", "gone", "plain", "epochs=3"], "give --resume alone"),
         (["train", "plain", "dearkd"], "cannot read the override 'dearkd'"),
         (["eval", "gone"], "cannot read gone/config.yaml"),
+        (["train", "plain", "seed=[1"], "cannot read the override 'seed=[1': while parsing a flow sequence"),
+        (["train", "plain", "output=/dev/null"], "output=/dev/null: cannot make the folder: [Errno 17] File exists"),
+        (["train", "plain", "model.kwargs.img_size=16"], "does not take images of 1 x 8 x 8: Input height (8)"),
+        (["compare", "--output", "/dev/null"], "[Errno 17] File exists: '/dev/null'"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_one(arguments, message, tmp_path, monkeypatch, capsys):
@@ -75,3 +83,30 @@ def test_an_unreadable_image_is_named_from_a_loader_process(tmp_path, monkeypatc
     assert error.startswith("error: cannot read the image ")
     assert "bee/2.png" in error
     assert error.count("\n") == 1
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "plain", "data.batch_size=2000", "output=run"]) == 1
+    assert capsys.readouterr().err == "error: data.batch_size=2000 is more than the 1437 training images\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_images_of_another_folder_are_evaluated(tiny, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for name, count in (("images", 10), ("others", 4)):
+        for label in "ab":
+            (tmp_path / name / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / name / label / f"{i}.png")
+    options = ["data.name=folder", f"data.path={tmp_path / 'images'}", "data.train_fraction=0.5", "data.batch_size=4",
+               "data.workers=0", "epochs=1"]  # fmt: skip
+    train(tiny(*options))
+    seen = []
+    original = module.evaluate
+    monkeypatch.setattr(module, "evaluate", lambda model, loader, *rest: seen.append(len(loader.dataset)) or
+                        original(model, loader, *rest))  # fmt: skip
+    for data in (None, str(tmp_path / "images"), str(tmp_path / "others")):
+        module.evaluate_run(tmp_path / "run", data)
+    assert seen == [4, 4, 8]

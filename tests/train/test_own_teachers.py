@@ -183,3 +183,14 @@ def test_a_run_that_exists_is_not_touched(advised, tmp_path):
     train(advised("steps=1"))
     with pytest.raises(ConfigError, match=r"run already holds a run: go on with --resume"):
         train(advised("steps=1"))
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("model.name=cit_mars", "timm has no model 'cit_mars'"),
+    ("model.kwargs.img_size=24", "the model cit_tiny_patch16_224 does not take images of 1 x 16 x 16: Input height"),
+    ("data.batch_size=512", "data.batch_size=512 is more than the 287 training images"),
+])  # fmt: skip
+def test_what_is_wrong_with_the_student_ends_before_the_teachers(override, message, advised, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        train(advised(override))
+    assert not (tmp_path / "run").exists()

@@ -1,14 +1,17 @@
 """A run that was killed and resumed ends as one that was not, bit for bit."""
 
+import json
+import os
 import signal
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from fastib.train import checkpoint
 from fastib.train.checkpoint import Checkpoints, write_tensors
 from fastib.train.config import save_config
-from fastib.train.errors import CheckpointError, ConfigError
+from fastib.train.errors import CheckpointError, ConfigError, Stopped
 from fastib.train.loop import resume, train
 
 SETTINGS = ("checkpoint.every_steps=3", "grad_accum=2", "ema.decay=0.9", "data.augment.mixup=0.2",
@@ -54,7 +57,7 @@ def test_kill_in_the_middle_of_a_checkpoint(scenario, recipe, unbroken, tmp_path
     # the 11th file is the optimizer of step 8, the end of epoch 2, whose row is in metrics.csv already
     assert scenario("kill_in_checkpoint", recipe, 11).returncode == -signal.SIGKILL
     broken = tmp_path / "broken"
-    assert (broken / "checkpoints" / ".step-00000008.tmp").is_dir()
+    assert (broken / "checkpoints" / ".tmp").is_dir()
     assert Checkpoints(broken / "checkpoints").steps()[-1] == 6
     assert "\n8,2," in (broken / "metrics.csv").read_text()
     resume(broken)
@@ -96,6 +99,36 @@ def test_resume_needs_a_run(tmp_path):
 
 def test_a_finished_run_resumes_to_its_own_result(unbroken):
     table = (unbroken / "metrics.csv").read_text()
-    result = resume(unbroken)
-    assert result["step"] == 12
+    before = json.loads((unbroken / "result.json").read_text())
+    assert before["step"] == 12 and before["seconds"] > 0
+    assert resume(unbroken) == before == json.loads((unbroken / "result.json").read_text())
+    (unbroken / "student.safetensors").unlink()
+    assert resume(unbroken)["top1"] == before["top1"]
+    assert (unbroken / "student.safetensors").is_file()
     assert (unbroken / "metrics.csv").read_text() == table
+
+
+def test_a_checkpoint_is_not_replaced_by_itself(tiny, tmp_path, monkeypatch):
+    """Stopped at the end of an epoch: a kill while the same step is written again would leave none with keep=1."""
+    saved, original = [], Checkpoints.save
+
+    def save(self, step, *rest):
+        if not saved:
+            os.kill(os.getpid(), signal.SIGTERM)
+        saved.append(step)
+        return original(self, step, *rest)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM after step 4; checkpoint .*step-00000004"):
+        train(tiny("checkpoint.keep=1"))
+    assert saved == [4]
+
+
+def test_a_configuration_is_written_whole_or_not_at_all(tiny, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, "_sync", full)
+    with pytest.raises(OSError, match="no space left"):
+        save_config(tiny(), tmp_path / "config.yaml")
+    assert not (tmp_path / "config.yaml").exists()

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from fastib.train.build import build_model, load_student, load_teacher, save_student
 from fastib.train.errors import CheckpointError, ConfigError
+from fastib.train.loop import train
 
 SPEC = {"name": "resnet18", "kwargs": {"channels": [8, 8, 8, 16]}, "num_classes": 4, "in_chans": 1, "img_size": 16}
 
@@ -80,3 +81,10 @@ def test_models_get_the_image_size_where_it_is_fixed():
         build_model("vit_tini_patch16_224", img_size=12, **spec)
     with pytest.raises(ConfigError, match=r"cannot build the model resnet18 with .*embed_dim"):
         build_model("resnet18", img_size=12, **spec)
+
+
+def test_a_teacher_of_other_images_is_refused_before_there_is_a_run(tiny, tmp_path):
+    train(tiny("epochs=1", "data.in_chans=3", output="teacher"))
+    with pytest.raises(ConfigError, match=r"the teacher run:.*teacher does not take images of 1 x 16 x 16: "):
+        train(tiny(f"method.teacher=run:{tmp_path / 'teacher'}", method="aal"))
+    assert not (tmp_path / "run").exists()
