@@ -46,11 +46,12 @@ def _maps(
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """The tile (c, s) of a, 0 outside, whose links are to the maps from first to end. w: (C, M) dense."""
-    bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    c = tl.minimum(c, C - 1)
+    bias = tl.load(bias_ptr + c).to(tl.float32)
     a = tl.zeros((BLOCK_C, BLOCK_S), tl.float32) + bias[:, None]
     for start in range(first, end, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        w = tl.load(w_ptr + c[:, None] * M + m[None, :], mask=(c < C)[:, None] & (m < M)[None, :], other=0.0)
+        w = tl.load(w_ptr + c[:, None] * M + m[None, :], mask=(m < M)[None, :], other=0.0)
         attn = tl.load(
             attn_ptr + m[:, None] * stride_am + s[None, :], mask=(m < M)[:, None] & (s < S)[None, :], other=0.0
         )
@@ -60,8 +61,8 @@ def _maps(
 
 @triton.jit
 def _teacher(target_ptr, stride_tc, c, s, C, S):
-    inside = (c < C)[:, None] & (s < S)[None, :]
-    return tl.load(target_ptr + c[:, None].to(tl.int64) * stride_tc + s[None, :], mask=inside, other=0.0).to(tl.float32)
+    row = tl.minimum(c, C - 1)[:, None].to(tl.int64)
+    return tl.load(target_ptr + row * stride_tc + s[None, :], mask=(s < S)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -103,29 +104,29 @@ def attention_link_fwd_kernel(
     target_ptr += b * stride_tb
     first, end = _linked(linked_ptr, tl.program_id(0), M)
     lane = tl.arange(0, BLOCK_S)
-    aa = tl.zeros((BLOCK_C,), tl.float32)
-    tt = tl.zeros((BLOCK_C,), tl.float32)
+    aa = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    tt = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     for start in range(0, S, BLOCK_S):
         a = _maps(w_ptr, bias_ptr, attn_ptr, stride_am, c, start + lane, first, end, C, M, S, BLOCK_C, BLOCK_M, BLOCK_S)
         t = _teacher(target_ptr, stride_tc, c, start + lane, C, S)
-        aa += tl.sum(a * a, 1)
-        tt += tl.sum(t * t, 1)
-    a_norm = tl.sqrt(aa)
+        aa += a * a
+        tt += t * t
+    a_norm = tl.sqrt(tl.sum(aa, 1))
     a_factor = 1.0 / tl.where(a_norm < eps, eps, a_norm)
-    t_norm = tl.sqrt(tt)
+    t_norm = tl.sqrt(tl.sum(tt, 1))
     t_factor = 1.0 / tl.where(t_norm < eps, eps, t_norm)
-    loss = tl.zeros((BLOCK_C,), tl.float32)
-    along = tl.zeros((BLOCK_C,), tl.float32)
+    loss = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    along = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     for start in range(0, S, BLOCK_S):
         a = _maps(w_ptr, bias_ptr, attn_ptr, stride_am, c, start + lane, first, end, C, M, S, BLOCK_C, BLOCK_M, BLOCK_S)
         t = _teacher(target_ptr, stride_tc, c, start + lane, C, S)
         unit = a * a_factor[:, None]
         d = unit - t * t_factor[:, None]
-        loss += tl.sum(d * d, 1)
-        along += tl.sum(d * unit, 1)
-    along = tl.where(a_norm > eps, along, 0.0)  # the length of a does not count
+        loss += d * d
+        along += d * unit
+    along = tl.where(a_norm > eps, tl.sum(along, 1), 0.0)  # the length of a does not count
     at = b * C + c
-    tl.store(loss_ptr + at, loss, mask=c < C)
+    tl.store(loss_ptr + at, tl.sum(loss, 1), mask=c < C)
     tl.store(stats_ptr + 3 * at, a_factor, mask=c < C)
     tl.store(stats_ptr + 3 * at + 1, t_factor, mask=c < C)
     tl.store(stats_ptr + 3 * at + 2, along, mask=c < C)
@@ -182,7 +183,7 @@ def attention_link_bwd_weight_kernel(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     lane = tl.arange(0, BLOCK_S)
     grad = tl.zeros((BLOCK_C, BLOCK_M), tl.float32)
-    total = tl.zeros((BLOCK_C,), tl.float32)
+    total = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     first, end = _linked(linked_ptr, tl.program_id(0), M)
     last_image = tl.minimum((chunk + 1) * per_chunk, B)
     if linked_ptr is not None:  # no link to any of these maps: their gradient is 0; the first program sums the bias's
@@ -192,7 +193,6 @@ def attention_link_bwd_weight_kernel(
     for b in range(chunk * per_chunk, last_image):
         a_factor, t_factor, along, factor = _statistics(stats_ptr, scale_ptr, b * C, c, C)
         image_grad = tl.zeros((BLOCK_C, BLOCK_M), tl.float32)
-        image_total = tl.zeros((BLOCK_C,), tl.float32)
         for start in range(0, S, BLOCK_S):
             s = start + lane
             maps_ptr = attn_ptr + b * stride_ab
@@ -203,13 +203,12 @@ def attention_link_bwd_weight_kernel(
             attn = tl.load(maps_ptr + m[:, None] * stride_am + s[None, :], mask=inside, other=0.0)
             rounded = (d * D_UNIT).to(attn.dtype)
             image_grad = tl.dot(rounded, tl.trans(attn), image_grad, input_precision=PRECISION)
-            image_total += tl.sum(d, 1)
+            total += d * factor[:, None]
         grad += image_grad * (factor / D_UNIT)[:, None]
-        total += image_total * factor
     row = chunk * C + c
     tl.store(dw_ptr + row[:, None] * M + m[None, :], grad, mask=(c < C)[:, None] & (m < M)[None, :])
     if tl.program_id(1) == 0:
-        tl.store(dbias_ptr + row, total, mask=c < C)
+        tl.store(dbias_ptr + row, tl.sum(total, 1), mask=c < C)
 
 
 def _prepare(attn, weight, target, mask):
