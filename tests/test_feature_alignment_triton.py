@@ -34,6 +34,7 @@ CASES = {
     "not centred": (2, 6, 3, 40, torch.float32, False),
     "one of each": (1, 1, 1, 1, torch.float32, True),
     "wide": (2, 3, 6, 3000, torch.float32, True),
+    "widest": (1, 2, 4, 16384, torch.float32, True),
 }
 
 
@@ -97,7 +98,7 @@ def test_gpu(case):
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
-@pytest.mark.parametrize("case", ["early layer", "late layer", "wide"])
+@pytest.mark.parametrize("case", ["early layer", "late layer", "wide", "widest"])
 def test_machine_code(monkeypatch, tmp_path, capability, case):
     """No spills, and shared memory that the chip has."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

@@ -73,10 +73,10 @@ def feature_alignment_bwd_kernel(
         tl.store(out_ptr + (row[:, None] * STEP + r) * C + c[None, :], value, mask=inside)
 
 
-def _blocks(channels: int) -> tuple[int, int]:
-    """Tokens and channels of a program: about 2048 elements, so that a thread of four warps holds 16 of each tile."""
+def _blocks(channels: int) -> tuple[int, int, int]:
+    """Tokens, channels and warps of a program: about 2048 elements, and a thread holds 16 of each tile, at most 32."""
     block_c = max(16, triton.next_power_of_2(channels))
-    return max(1, 2048 // block_c), block_c
+    return max(1, 2048 // block_c), block_c, max(4, block_c // 1024)
 
 
 def _check(x: torch.Tensor) -> None:
@@ -104,11 +104,11 @@ def feature_alignment_fwd(student, teacher, center, eps, gradient):
     if loss.numel() == 0:
         return loss, direction, factor
     student, teacher = (t if t.stride(2) == 1 or C == 1 else t.contiguous() for t in (student, teacher))
-    block_l, block_c = _blocks(C)
+    block_l, block_c, warps = _blocks(C)
     with device_guard(student):
         feature_alignment_fwd_kernel[(triton.cdiv(B * L, block_l),)](
             student, teacher, loss, direction, factor, *student.stride()[:2], *teacher.stride()[:2],
-            L, B * L, float(eps), C, N // L, M // L, bool(center), bool(gradient), block_l, block_c, num_warps=4,
+            L, B * L, float(eps), C, N // L, M // L, bool(center), bool(gradient), block_l, block_c, num_warps=warps,
         )  # fmt: skip
     return loss, direction, factor
 
@@ -120,10 +120,10 @@ def feature_alignment_bwd(grad, direction, factor, tokens):
     out = torch.empty((B, tokens, C), dtype=direction.dtype, device=direction.device)
     if out.numel() == 0:
         return out
-    block_l, block_c = _blocks(C)
+    block_l, block_c, warps = _blocks(C)
     with device_guard(direction):
         feature_alignment_bwd_kernel[(triton.cdiv(B * L, block_l),)](
             grad, direction.contiguous(), factor.contiguous(), out, *grad.stride(), L, B * L, C, tokens // L,
-            block_l, block_c, num_warps=4,
+            block_l, block_c, num_warps=warps,
         )  # fmt: skip
     return out
