@@ -27,11 +27,15 @@ class Op:
     """Where one operator can run.
 
     gpu: its GPU implementation, "triton" or "cuda". kernel: name of the operator that holds its kernels, where that is
-        not `name`.
+        not `name`. gpu_limits: of the tensors given to `choose`, why the GPU kernels do not take them, or None; it asks
+        for no GPU.
     """
 
-    def __init__(self, name: str, gpu: str, kernel: str | None = None):
+    def __init__(
+        self, name: str, gpu: str, kernel: str | None = None, gpu_limits: Callable[..., str | None] | None = None
+    ):
         self.name, self.gpu, self.kernel = name, gpu, kernel or name
+        self.gpu_limits = gpu_limits or _no_float64
         self.no_cpu_code, self.no_gpu_code = self._why_no_cpu_code(), self._why_no_gpu_code()
         self.cpu_default = "reference" if self.no_cpu_code else "cpu"
         self.gpu_default = "reference" if self.no_gpu_code else gpu
@@ -65,10 +69,11 @@ class Op:
             return "no CUDA device"
         return self.no_gpu_code
 
-    def choose(self, backend: str | None, x: Tensor) -> str:
-        """The backend that runs an input like `x`. Raises RuntimeError where the one asked for cannot.
+    def choose(self, backend: str | None, x: Tensor, *more: Tensor) -> str:
+        """The backend that runs inputs like these. Raises RuntimeError where the one asked for cannot.
 
-        Under forward-mode AD it is the reference, which alone has that derivative.
+        Where none is asked for, what the GPU kernels do not take goes to the reference; and everything does under
+        forward-mode AD, as it alone has that derivative.
         """
         forward_mode = forward_ad._current_level >= 0
         if backend is None:
@@ -78,7 +83,7 @@ class Op:
                 if self.cpu_default == "reference" and not torch.compiler.is_compiling():
                     _native.warn_absent()
                 return self.cpu_default
-            return self.gpu_default if x.is_cuda and x.dtype != torch.float64 else "reference"
+            return self.gpu_default if x.is_cuda and self.gpu_limits(x, *more) is None else "reference"
         if backend not in BACKENDS:
             raise ValueError(f"{self.name}: backend must be None or one of {BACKENDS}, got {backend!r}")
         reason = self.why_not(backend)
@@ -88,14 +93,18 @@ class Op:
             device = "cpu" if backend == "cpu" else "cuda"
             if x.device.type != device:
                 reason = f"it runs {device} tensors, and the inputs are on {x.device}"
-            elif device == "cuda" and x.dtype == torch.float64:
-                reason = "it has no float64 on the GPU"
+            elif device == "cuda":
+                reason = self.gpu_limits(x, *more)
         if reason is not None:
             raise RuntimeError(
                 f"{self.name}: backend={backend!r} is not available: {reason}. "
                 "Pass backend=None to choose one that is, or backend='reference' for plain PyTorch."
             )
         return backend
+
+
+def _no_float64(x: Tensor, *_: Tensor) -> str | None:
+    return "it has no float64 on the GPU" if x.dtype == torch.float64 else None
 
 
 def backends() -> dict[str, dict[str, bool | str]]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastib import _gpu_limits as limits
 from fastib.ops import _backend
 from fastib.ops._backend import Op, below_autograd, check_device, check_finite, integer, invalid
 from fastib.reference.cls_attention import cls_attention_maps_ref
@@ -52,7 +53,7 @@ def cls_attention_maps(
         check_finite(_NAME, "scale", scale)
     if over not in ("patches", "all"):
         raise invalid(_NAME, "over", "'patches' or 'all'", repr(over))
-    if _OP.choose(backend, q) == "reference":
+    if _OP.choose(backend, k) == "reference":
         return cls_attention_maps_ref(q, k, num_prefix_tokens=num_prefix_tokens, scale=scale, over=over)
     # an exported program may train where the one that was traced did not
     trains = (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)) or torch.compiler.is_exporting()
@@ -105,7 +106,7 @@ _backward = _backend.register_backward(
     _backward_fake,
     "cls_attention.cls_attention_bwd",
 )
-_OP = Op("cls_attention", gpu="triton")
+_OP = Op("cls_attention", gpu="triton", gpu_limits=limits.attention)
 
 
 class _ClsAttention(torch.autograd.Function):

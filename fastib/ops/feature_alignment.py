@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastib import _gpu_limits as limits
 from fastib.ops import _backend
 from fastib.ops._backend import Op, below_autograd, check_device, invalid
 from fastib.reference.feature_alignment import feature_alignment_loss_ref
@@ -119,7 +120,7 @@ _backward = _backend.register_backward(
     _backward_fake,
     "feature_alignment.feature_alignment_bwd",
 )
-_OP = Op(_NAME, gpu="triton", kernel="feature_alignment")
+_OP = Op(_NAME, gpu="triton", kernel="feature_alignment", gpu_limits=limits.feature_alignment)
 
 
 class _FeatureAlignment(torch.autograd.Function):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastib import _gpu_limits as limits
 from fastib.ops import _backend
 from fastib.ops._backend import (
     Op,
@@ -71,7 +72,7 @@ def head_token_attention(
     if seed is not None or attn_dropout > 0:
         seed = seed_tensor(_NAME, seed, q.device)
 
-    if _OP.choose(backend, q) == "reference":
+    if _OP.choose(backend, q, q_extra) == "reference":
         return head_token_attention_ref(*inputs, scale=scale, attn_dropout=attn_dropout, seed=seed)
     args = (*inputs, seed, scale, attn_dropout)
     if torch.compiler.is_compiling():
@@ -128,7 +129,7 @@ _backward = _backend.register_backward(
     _backward_fake,
     "head_token_attention.head_token_attention_bwd",
 )
-_OP = Op(_NAME, gpu="triton")
+_OP = Op(_NAME, gpu="triton", gpu_limits=limits.head_token_attention)
 
 
 class _HeadTokenAttention(torch.autograd.Function):

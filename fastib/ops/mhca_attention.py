@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastib import _gpu_limits as limits
 from fastib.ops import _backend
 from fastib.ops._backend import (
     Op,
@@ -169,7 +170,7 @@ _backward = _backend.register_backward(
     _backward_fake,
     "mhca_attention.mhca_attention_bwd",
 )
-_OP = Op(_NAME, gpu="triton")
+_OP = Op(_NAME, gpu="triton", gpu_limits=limits.attention)
 
 
 class _MHCAAttention(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Host side of the Triton attention kernels: what they take, and one small table of tile sizes."""
+"""Host side of the Triton attention kernels: one small table of tile sizes, and layouts."""
 
 import contextlib
 import functools
@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_TOKENS, MAX_DIM = 1 << 20, 256
+from fastib._gpu_limits import query_rows
+
 MAX_ROW_STRIDE = 1 << 25
 RESIDENT_TOKENS = 256  # K and V of this many tokens, 64 wide and 16-bit, take 64 KB
 
@@ -25,18 +25,19 @@ def forward_tile(chip: int, itemsize: int, tokens: int, dim: int, attn_dropout: 
 
     chip: major compute capability. dim: what block_dim gives. Random bits take registers: tiles are smaller with them.
     """
+    rows = query_rows(itemsize, dim)
     if itemsize == 4:
         small = dim > 128 and chip not in (9, 10)  # 99 KB of shared memory
-        return Tile(32 if dim <= 64 else 16, 16 if small else 32, 8, 1, 255), 0
+        return Tile(rows, 16 if small else 32, 8, 1, 255), 0
     if dim > 128:
-        return Tile(64, 16, 8, 1), 0
+        return Tile(rows, 16, 8, 1), 0
     if attn_dropout:
-        return Tile(64, 32, 4 if dim <= 64 else 8, 1), 0
+        return Tile(rows, 32, 4 if dim <= 64 else 8, 1), 0
     if chip not in (9, 10) or dim > 64:
-        return Tile(64, 32, 4, 2), 0
+        return Tile(rows, 32, 4, 2), 0
     if 64 < tokens <= RESIDENT_TOKENS:
-        return Tile(64, 32, 4, 1), tokens // 32
-    return Tile(64, 64, 4, 2), 0
+        return Tile(rows, 32, 4, 1), tokens // 32
+    return Tile(rows, 64, 4, 2), 0
 
 
 def backward_tile(chip: int, itemsize: int, dim: int, attn_dropout: bool) -> Tile:
@@ -60,14 +61,6 @@ def tail(tokens: int, block: int) -> int:
     """Width of the last, partial tile: 0 where there is none, else 16, 32, ... up to `block`."""
     rest = tokens % block
     return 0 if rest == 0 else min(block, max(16, 1 << (rest - 1).bit_length()))
-
-
-def check_supported(op: str, q: torch.Tensor) -> None:
-    if q.dtype not in DTYPES:
-        raise RuntimeError(f"{op}: the Triton kernels take float32, bfloat16 or float16, got {q.dtype}")
-    if q.shape[2] > MAX_TOKENS or q.shape[3] > MAX_DIM:
-        limits = f"N <= {MAX_TOKENS} and D <= {MAX_DIM}"
-        raise RuntimeError(f"{op}: the Triton kernels take {limits}, got {tuple(q.shape)}")
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,9 @@ import torch
 
 import triton
 import triton.language as tl
+from fastib import _gpu_limits as limits
 
-from .attention_config import DTYPES, device_guard
+from .attention_config import device_guard
 from .attention_tile import PRECISION
 
 SCALARS = ["B", "C", "M", "S", "per_chunk"]
@@ -213,10 +214,7 @@ def attention_link_bwd_weight_kernel(
 
 def _prepare(attn, weight, target, mask):
     """attn and target with dense rows, and the weight as it is multiplied: masked and in attn's dtype."""
-    if attn.dtype not in DTYPES:
-        raise RuntimeError(
-            f"attention_link_loss: the Triton kernels take float32, bfloat16 or float16, got {attn.dtype}"
-        )
+    limits.check("attention_link_loss", limits.dtype(attn))
     weight = weight if mask is None else weight.masked_fill(~mask, 0.0)
     attn, target = (t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous() for t in (attn, target))
     if attn.stride(1) * attn.shape[1] >= 1 << 31:  # 32 bits do not reach across an image

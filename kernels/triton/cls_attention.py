@@ -7,8 +7,9 @@ import torch
 
 import triton
 import triton.language as tl
+from fastib import _gpu_limits as limits
 
-from .attention_config import block_dim, check_supported, dense_rows, device_guard, empty_rows
+from .attention_config import block_dim, dense_rows, device_guard, empty_rows
 from .attention_tile import LOG2E
 
 SCALARS = ["H", "N", "first_key"]
@@ -107,7 +108,7 @@ def cls_attention_fwd(q, k, num_prefix_tokens, scale, over_all, rounded):
 
     RuntimeError for a dtype or a size not taken.
     """
-    check_supported("cls_attention", k)
+    limits.check("cls_attention", limits.attention(k))
     B, H, N, D = k.shape
     probs = k.new_empty((B, H, N), dtype=k.dtype if rounded else torch.float32)
     first_key = 0 if over_all else num_prefix_tokens
@@ -126,7 +127,7 @@ def cls_attention_fwd(q, k, num_prefix_tokens, scale, over_all, rounded):
 
 def cls_attention_bwd(grad, q, k, probs, scale):
     """Gradients to q (B, H, D) and k (B, H, N, D), laid out as (B, N, H, D). Arguments: the native op's."""
-    check_supported("cls_attention", k)
+    limits.check("cls_attention", limits.attention(k))
     B, H, N, D = k.shape
     dq, dk = q.new_empty(q.shape), empty_rows(k)
     if k.numel() == 0:

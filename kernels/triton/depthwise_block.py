@@ -8,6 +8,7 @@ import torch
 
 import triton
 import triton.language as tl
+from fastib import _gpu_limits as limits
 
 BLOCK_P, BLOCK_C = 16, 64
 
@@ -157,6 +158,7 @@ class _Passes:
     """The launches on x (B, P, C) dense, and what lies between them."""
 
     def __init__(self, x, parameters, grid_h, grid_w, eps1, eps2):
+        limits.check("depthwise_block", limits.dtype(x))
         self.x, self.grid_size, self.eps = x.contiguous(), (grid_h, grid_w), (eps1, eps2)
         self.batch, self.places, self.channels = x.shape
         self.affine = (parameters[0], parameters[1]), (parameters[4], parameters[5])

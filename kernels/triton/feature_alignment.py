@@ -7,11 +7,12 @@ import torch
 
 import triton
 import triton.language as tl
+from fastib import _gpu_limits as limits
 
-from .attention_config import DTYPES, device_guard
+from .attention_config import device_guard
 
+NAME = "feature_alignment_loss"
 SCALARS = ["L", "rows"]
-MAX_CHANNELS = 16384
 
 
 @triton.jit
@@ -79,21 +80,9 @@ def _blocks(channels: int) -> tuple[int, int, int]:
     return max(1, 2048 // block_c), block_c, max(4, block_c // 1024)
 
 
-def _check(x: torch.Tensor) -> None:
-    if x.dtype not in DTYPES:
-        raise RuntimeError(
-            f"feature_alignment_loss: the Triton kernels take float32, bfloat16 or float16, got {x.dtype}"
-        )
-    if x.shape[2] > MAX_CHANNELS:
-        raise RuntimeError(
-            f"feature_alignment_loss: the Triton kernels take up to {MAX_CHANNELS} channels, got {x.shape[2]}; "
-            "pass backend='reference'"
-        )
-
-
 def feature_alignment_fwd(student, teacher, center, eps, gradient):
     """loss (B, L), direction (B, L, C) and factor (B, L), the last two empty without `gradient`. As the native op."""
-    _check(student)
+    limits.check(NAME, limits.feature_alignment(student))
     B, N, C = student.shape
     M = teacher.shape[1]
     L = min(N, M)
@@ -115,7 +104,7 @@ def feature_alignment_fwd(student, teacher, center, eps, gradient):
 
 def feature_alignment_bwd(grad, direction, factor, tokens):
     """Gradient (B, tokens, C) to the student. Arguments: the native op's."""
-    _check(direction)
+    limits.check(NAME, limits.feature_alignment(direction))
     B, L, C = direction.shape
     out = torch.empty((B, tokens, C), dtype=direction.dtype, device=direction.device)
     if out.numel() == 0:

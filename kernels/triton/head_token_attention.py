@@ -16,6 +16,7 @@ import torch
 
 import triton
 import triton.language as tl
+from fastib import _gpu_limits as limits
 
 from . import attention_config as config
 from .attention_tile import (
@@ -258,17 +259,12 @@ def head_token_attention_fwd(q, k, v, q_extra, k_extra, v_extra, seed, scale, at
     q, k, v: (B, H, N, D); the extra ones (B, H, T, D); any strides. seed: one int64, read where attn_dropout > 0.
     RuntimeError for a dtype or a size that the kernels do not take.
     """
-    config.check_supported(NAME, q)
+    limits.check(NAME, limits.head_token_attention(q, q_extra))
     B, H, N, D = q.shape
     T = q_extra.shape[2]
     tokens = N + T
     dim = config.block_dim(D)
     tile, resident = config.forward_tile(config.chip_of(q), q.element_size(), tokens, dim, attn_dropout > 0)
-    if tile.block_m <= T:
-        raise RuntimeError(
-            f"{NAME}: the Triton kernels take less than {tile.block_m} extra tokens in {q.dtype} with D={D}, got"
-            f" T={T}; pass backend='reference'"
-        )
     out = config.empty_rows(q)
     parts = q.new_empty((B, H, T + 1 if T else 0, D))
     stats = q.new_empty((B, H, 2, tokens), dtype=torch.float32)
@@ -295,7 +291,7 @@ def head_token_attention_bwd(
 
     grad_out: (B, H, N, D), any strides. out, parts, stats: what the forward gave. Errors as there.
     """
-    config.check_supported(NAME, q)
+    limits.check(NAME, limits.head_token_attention(q, q_extra))
     B, H, N, D = q.shape
     T = q_extra.shape[2]
     tokens = N + T

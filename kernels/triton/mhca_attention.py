@@ -14,6 +14,7 @@ import torch
 
 import triton
 import triton.language as tl
+from fastib import _gpu_limits as limits
 
 from . import attention_config as config
 from .attention_tile import LOG2E, bit, bwd_kv_tile, bwd_q_tile, fwd_tile, load_rows, store_rows
@@ -306,7 +307,7 @@ def mhca_attention_fwd(
     q, k, v: (B, H, N, D), any strides. alpha: (H,), center: (H, 2), float32. seed: one int64, read where a p > 0.
     RuntimeError for a dtype or a size that the kernels do not take.
     """
-    config.check_supported("mhca_attention", q)
+    limits.check("mhca_attention", limits.attention(q))
     B, H, N, D = q.shape
     out = config.empty_rows(q)
     stats = q.new_empty((B, H, 2, N), dtype=torch.float32)
@@ -338,7 +339,7 @@ def mhca_attention_bwd(
 
     grad_out: (B, H, N, D), any strides. out, stats: what the forward gave. Errors as there.
     """
-    config.check_supported("mhca_attention", q)
+    limits.check("mhca_attention", limits.attention(q))
     B, H, N, D = q.shape
     dq, dk, dv = config.empty_rows(q), config.empty_rows(q), config.empty_rows(q)
     dalpha, dcenter = alpha.new_empty(alpha.shape), center.new_empty(center.shape)
