@@ -252,7 +252,8 @@ def _forward(attn, weight, bias, target, linked, eps):
         for some in _runs(B):
             attention_link_fwd_kernel[(triton.cdiv(C, tile[0]), len(attn[some]))](
                 attn[some], weight, bias.contiguous(), linked, target[some], loss[some], stats[some],
-                *attn.stride()[:2], *target.stride()[:2], C, M, S, float(eps), *tile, num_warps=WARPS,
+                *attn.stride()[:2], *target.stride()[:2], C, M, S, float(eps), *tile,
+                num_warps=WARPS, enable_fp_fusion=True,
             )  # fmt: skip
     return loss, stats
 
@@ -277,11 +278,11 @@ def _gradients(attn, weight, bias, target, linked, stats, scale):
             attention_link_bwd_attn_kernel[(blocks[2], blocks[1], len(attn[some]))](
                 attn[some], weight, bias, linked, target[some], stats[some],
                 None if scale is None else scale[some], dattn[some], *strides,
-                C, M, S, *tile, num_warps=WARPS,
+                C, M, S, *tile, num_warps=WARPS, enable_fp_fusion=True,
             )  # fmt: skip
         attention_link_bwd_weight_kernel[(blocks[0], max(blocks[1], 1), chunks)](  # of no maps, too, the bias's
             attn, weight, bias, linked, target, stats, scale, dweight, dbias, *strides,
-            B, C, M, S, per_chunk, *tile, num_warps=WARPS,
+            B, C, M, S, per_chunk, *tile, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return dattn, dweight.sum(0), dbias.sum(0)
 

@@ -120,7 +120,7 @@ def cls_attention_fwd(q, k, num_prefix_tokens, scale, over_all, rounded):
     with device_guard(k):
         cls_attention_fwd_kernel[(B * H,)](
             q, k, probs, *q.stride()[:2], *k.stride()[:3], H, N, first_key, float(scale),
-            D, dim, block, block >= N, num_warps=4,
+            D, dim, block, block >= N, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return probs
 
@@ -137,6 +137,6 @@ def cls_attention_bwd(grad, q, k, probs, scale):
     with device_guard(k):
         cls_attention_bwd_kernel[(B * H,)](
             grad.contiguous(), q, k, probs.contiguous(), dq, dk, *q.stride()[:2], *k.stride()[:3], H, N, float(scale),
-            D, dim, _block_keys(N, dim), num_warps=4,
+            D, dim, _block_keys(N, dim), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return dq, dk

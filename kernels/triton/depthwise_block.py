@@ -166,7 +166,7 @@ class _Passes:
         self.bias = parameters[3]
         self.tiles = triton.cdiv(self.places, BLOCK_P)
         self.grid = self.batch * self.tiles, triton.cdiv(self.channels, BLOCK_C)
-        self.blocks = {"BLOCK_P": BLOCK_P, "BLOCK_C": BLOCK_C}
+        self.options = {"BLOCK_P": BLOCK_P, "BLOCK_C": BLOCK_C, "enable_fp_fusion": True}
 
     def partial(self, rows):
         return self.x.new_empty((self.grid[0], rows, self.channels), dtype=torch.float32)
@@ -187,13 +187,13 @@ class _Passes:
 
     def activate(self, norm1):
         s = torch.empty_like(self.x)
-        depthwise_block_act_kernel[self.grid](self.x, norm1, s, self.places, self.channels, **self.blocks)
+        depthwise_block_act_kernel[self.grid](self.x, norm1, s, self.places, self.channels, **self.options)
         return s
 
     def convolve(self, s, conv=True):
         out, partial = torch.empty_like(self.x) if conv else s, self.partial(2)
         depthwise_block_conv_kernel[self.grid](
-            s, self.weight, out, partial, *self.grid_size, self.channels, CONV=conv, **self.blocks
+            s, self.weight, out, partial, *self.grid_size, self.channels, CONV=conv, **self.options
         )
         return out, partial
 
@@ -214,7 +214,7 @@ def depthwise_block_fwd(x, gamma1, beta1, weight, bias, gamma2, beta2, statistic
         mean, used[3] = passes.moments(partial)
         used[2] = mean + bias
     depthwise_block_out_kernel[passes.grid](
-        s, conv, passes.norm(1, used[2], used[3]), out, passes.places, passes.channels, **passes.blocks
+        s, conv, passes.norm(1, used[2], used[3]), out, passes.places, passes.channels, **passes.options
     )
     return out, used
 
@@ -233,19 +233,19 @@ def depthwise_block_bwd(
     s = passes.activate(norm1)
     conv, _ = passes.convolve(s)
     partial = passes.partial(2)
-    depthwise_block_bwd_norm2_kernel[passes.grid](grad_out, conv, norm2, partial, *sizes, **passes.blocks)
+    depthwise_block_bwd_norm2_kernel[passes.grid](grad_out, conv, norm2, partial, *sizes, **passes.options)
     sums2 = partial.double().sum(0)
     means = (sums2 * share).float()
-    depthwise_block_bwd_y_kernel[passes.grid](grad_out, conv, norm2, means, conv, *sizes, ACT=True, **passes.blocks)
+    depthwise_block_bwd_y_kernel[passes.grid](grad_out, conv, norm2, means, conv, *sizes, ACT=True, **passes.options)
     grad_x, partial = torch.empty_like(passes.x), passes.partial(11)
     depthwise_block_bwd_norm1_kernel[passes.grid](
         grad_out, conv, s, passes.x, norm1, passes.weight, grad_x, partial, *passes.grid_size, passes.channels,
-        **passes.blocks,
+        **passes.options,
     )  # fmt: skip
     sums1 = partial.double().sum(0)
     means = (sums1[:2] * share).float()
     depthwise_block_bwd_y_kernel[passes.grid](
-        grad_x, passes.x, norm1, means, grad_x, *sizes, ACT=False, **passes.blocks
+        grad_x, passes.x, norm1, means, grad_x, *sizes, ACT=False, **passes.options
     )
     # In training the mean that norm2 takes away holds the bias.
     grad_bias = torch.zeros_like(bias) if training else (sums2[0] * gamma2 * norm2[1]).float()

@@ -97,7 +97,8 @@ def feature_alignment_fwd(student, teacher, center, eps, gradient):
     with device_guard(student):
         feature_alignment_fwd_kernel[(triton.cdiv(B * L, block_l),)](
             student, teacher, loss, direction, factor, *student.stride()[:2], *teacher.stride()[:2],
-            L, B * L, float(eps), C, N // L, M // L, bool(center), bool(gradient), block_l, block_c, num_warps=warps,
+            L, B * L, float(eps), C, N // L, M // L, bool(center), bool(gradient), block_l, block_c,
+            num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
     return loss, direction, factor
 
@@ -113,6 +114,6 @@ def feature_alignment_bwd(grad, direction, factor, tokens):
     with device_guard(direction):
         feature_alignment_bwd_kernel[(triton.cdiv(B * L, block_l),)](
             grad, direction.contiguous(), factor.contiguous(), out, *grad.stride(), L, B * L, C, tokens // L,
-            block_l, block_c, num_warps=warps,
+            block_l, block_c, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -364,5 +364,7 @@ def mhca_attention_bwd(
             tile.block_m, tile.block_n, config.tail(N, tile.block_n),
             num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers, enable_fp_fusion=True,
         )  # fmt: skip
-        _bwd_reduce_kernel[(H,)](partials, alpha, dalpha, dcenter, B * blocks, rpe_factor, BLOCK=512)
+        _bwd_reduce_kernel[(H,)](
+            partials, alpha, dalpha, dcenter, B * blocks, rpe_factor, BLOCK=512, enable_fp_fusion=True
+        )
     return dq, dk, dv, dalpha, dcenter
