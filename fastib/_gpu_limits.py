@@ -1,4 +1,4 @@
-"""Why the Triton kernels do not take an input: a sentence, or None where they do. Nothing here imports triton.
+"""Why the GPU kernels do not take an input: a sentence, or None where they do. Nothing here imports triton.
 
 An operator asks before it chooses a backend, a launcher before it launches.
 """
@@ -12,7 +12,7 @@ MAX_TOKENS, MAX_DIM, MAX_CHANNELS = 1 << 20, 256, 16384
 
 
 def dtype(x: torch.Tensor) -> str | None:
-    return None if x.dtype in DTYPES else f"the Triton kernels take float32, bfloat16 or float16, got {x.dtype}"
+    return None if x.dtype in DTYPES else f"the GPU kernels take float32, bfloat16 or float16, got {x.dtype}"
 
 
 def attention(q: torch.Tensor) -> str | None:

@@ -232,7 +232,7 @@ def test_results_round_trip_into_tables(tmp_path, monkeypatch):
     times = {"fastib": [1.0, 2.0, 3.0], "eager": [4.0, 4.0, 4.0]}
     monkeypatch.setattr(house, "interleave", lambda steps, timer, **limits: times)
     monkeypatch.setattr(house, "measure_ceilings", lambda device: {"fma_float32": 2000.0, "copy": "not measured"})
-    rooms = house.House(house.Options(results=tmp_path))
+    rooms = house.House(house.Options(results=tmp_path, suffix="-kept"))
     goals = (house.Goal(0.75, ("eager", "flex")), house.Goal(0.25, ("eager",)), house.Goal(1.0, ("flex",)))
     job = make_job(*peers, goals=goals)
 
@@ -241,6 +241,7 @@ def test_results_round_trip_into_tables(tmp_path, monkeypatch):
     rooms.seen.clear()
     rooms.measure(job, [peer.name for peer in peers])
     (path,) = tmp_path.iterdir()
+    assert path.name == machine.device_slug("cpu") + "-kept.json"
     stored = json.loads(path.read_text())
     ours = stored["cases"]["case"]["peers"]["fastib"]
     assert (ours["median_ms"], ours["gflops"], ours["gbps"]) == (2.0, 1000.0, 500.0)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastib import _gpu_limits as limits
 from fastib import _native
 from fastib.reference.philox import draw_seed
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (*limits.DTYPES, torch.float64)
 LIBRARY = torch.library.Library("fastib", "FRAGMENT")
 OPS: dict[str, Op] = {}
 
@@ -32,10 +33,10 @@ class Op:
     """
 
     def __init__(
-        self, name: str, gpu: str, kernel: str | None = None, gpu_limits: Callable[..., str | None] | None = None
+        self, name: str, gpu: str, kernel: str | None = None, gpu_limits: Callable[..., str | None] = limits.dtype
     ):
         self.name, self.gpu, self.kernel = name, gpu, kernel or name
-        self.gpu_limits = gpu_limits or _no_float64
+        self.gpu_limits = gpu_limits
         self.no_cpu_code, self.no_gpu_code = self._why_no_cpu_code(), self._why_no_gpu_code()
         self.cpu_default = "reference" if self.no_cpu_code else "cpu"
         self.gpu_default = "reference" if self.no_gpu_code else gpu
@@ -101,10 +102,6 @@ class Op:
                 "Pass backend=None to choose one that is, or backend='reference' for plain PyTorch."
             )
         return backend
-
-
-def _no_float64(x: Tensor, *_: Tensor) -> str | None:
-    return "it has no float64 on the GPU" if x.dtype == torch.float64 else None
 
 
 def backends() -> dict[str, dict[str, bool | str]]:

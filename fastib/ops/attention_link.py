@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastib import _gpu_limits as limits
 from fastib.ops import _backend
 from fastib.ops._backend import Op, below_autograd, check_device, invalid
 from fastib.reference.attention_link import attention_link_loss_ref, augment_attention_ref
@@ -88,6 +87,7 @@ def augment_attention(attn: Tensor, weight: Tensor, bias: Tensor, *, mask: Tenso
 
 
 def _check(attn: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, **target: Tensor) -> None:
+    """target: where the function takes one."""
     if attn.dim() != 3:
         raise invalid(_NAME, "attn", "of shape (B, M, S)", tuple(attn.shape))
     batch, maps, positions = attn.shape
@@ -133,7 +133,7 @@ _backward = _backend.register_backward(
     _NAME, _BACKWARD, SCHEMAS[_BACKWARD], _backward_fake, "attention_link.attention_link_bwd"
 )
 _both = _backend.register(_BOTH, SCHEMAS[_BOTH], _both_fake, "attention_link.attention_link_both")
-_OP = Op(_NAME, gpu="triton", gpu_limits=limits.dtype)
+_OP = Op(_NAME, gpu="triton")
 
 
 class _LinkLoss(torch.autograd.Function):

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastib import _gpu_limits as limits
 from fastib.ops import _backend
 from fastib.ops._backend import Op, autocast, below_autograd, check_device, check_finite, integer, invalid
 from fastib.reference.depthwise_block import depthwise_block_ref
@@ -129,7 +128,7 @@ _backward = _backend.register_backward(_NAME,
     "depthwise_block_backward", SCHEMAS["depthwise_block_backward"], _backward_fake,
     "depthwise_block.depthwise_block_bwd",
 )  # fmt: skip
-_OP = Op(_NAME, gpu="triton", gpu_limits=limits.dtype)
+_OP = Op(_NAME, gpu="triton")
 
 
 class _DepthwiseBlock(torch.autograd.Function):
