@@ -33,10 +33,10 @@ struct Arrays {
       for (int k = 0; k < 9; ++k) weight[k * C + c] = from[c * 9 + k];
   }
 
-  // Of one norm. offset: what its input lacks, the convolution's bias; null for none.
+  // Channels [first, end) of one norm. offset: what its input lacks, the convolution's bias; null for none.
   static void set(std::vector<T>& shift, std::vector<T>& inv, const T* mean, const T* variance, const T* offset,
-                  double eps) {
-    for (size_t c = 0; c < shift.size(); ++c) {
+                  double eps, int64_t first, int64_t end) {
+    for (int64_t c = first; c < end; ++c) {
       shift[c] = (offset ? offset[c] : T(0)) - mean[c];
       inv[c] = static_cast<T>(1.0 / std::sqrt(static_cast<double>(variance[c]) + eps));
     }
@@ -71,17 +71,42 @@ DepthwiseBlockParams check(Inputs& in, int64_t grid_h, int64_t grid_w) {
 }
 
 int64_t units(const DepthwiseBlockParams& p, int64_t images) {
-  return (p.B + images - 1) / images * ((p.C + kUnitChannels - 1) / kUnitChannels);
+  return (p.B + images - 1) / images * ((p.C + p.unit_channels - 1) / p.unit_channels);
 }
 
-void run(const DepthwiseBlockParams& p, ForwardPass pass) {
-  torch::stable::parallel_for(0, units(p, 1), 1,
-                              [&](int64_t begin, int64_t end) { depthwise_block_forward(p, pass, begin, end); });
+// All passes; after each but the last one `after` for the channels that it was run for.
+void run(DepthwiseBlockParams& p, bool training, const AfterForward& after) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (const int64_t channels = training ? depthwise_block_resident_channels(p, kForwardMaps, threads) : 0) {
+    p.unit_channels = channels;
+    return torch::stable::parallel_for(0, (p.C + channels - 1) / channels, 1, [&](int64_t begin, int64_t end) {
+      depthwise_block_forward_resident(p, after, begin, end);
+    });
+  }
+  p.unit_channels = kUnitChannels;
+  for (const ForwardPass pass : {ForwardPass::x_statistics, ForwardPass::conv_statistics, ForwardPass::output}) {
+    if (training || pass == ForwardPass::output)
+      torch::stable::parallel_for(0, units(p, 1), 1,
+                                  [&](int64_t begin, int64_t end) { depthwise_block_forward(p, pass, begin, end); });
+    if (pass != ForwardPass::output) after(pass, 0, p.C);
+  }
 }
 
-void run(const DepthwiseBlockGradParams& g, BackwardPass pass) {
-  torch::stable::parallel_for(0, units(g.forward, kUnitGroup), 1,
-                              [&](int64_t begin, int64_t end) { depthwise_block_backward(g, pass, begin, end); });
+void run(DepthwiseBlockGradParams& g, const AfterBackward& after) {
+  DepthwiseBlockParams& p = g.forward;
+  const int64_t threads = torch::stable::get_num_threads();
+  if (const int64_t channels = depthwise_block_resident_channels(p, kBackwardMaps, threads)) {
+    p.unit_channels = channels;
+    return torch::stable::parallel_for(0, (p.C + channels - 1) / channels, 1, [&](int64_t begin, int64_t end) {
+      depthwise_block_backward_resident(g, after, begin, end);
+    });
+  }
+  p.unit_channels = kUnitChannels;
+  for (const BackwardPass pass : {BackwardPass::norm2, BackwardPass::norm1, BackwardPass::x}) {
+    torch::stable::parallel_for(0, units(p, kUnitGroup), 1,
+                                [&](int64_t begin, int64_t end) { depthwise_block_backward(g, pass, begin, end); });
+    if (pass != BackwardPass::x) after(pass, 0, p.C);
+  }
 }
 
 template <typename T>
@@ -95,19 +120,18 @@ void compute(DepthwiseBlockParams params, const Inputs& in, const Tensor* given,
   std::vector<T> partial(given ? 0 : 2 * params.B * C);
   std::vector<double> mean(C), variance(C);
   params.partial = partial.data();
-  for (int norm = 0; norm < 2; ++norm) {
-    T* own = stats + 2 * norm * C;
-    const T* bias = norm ? numbers<T>(in.bias) : nullptr;
+  run(params, !given, [&](ForwardPass pass, int64_t first, int64_t count) {
+    const bool norm2 = pass == ForwardPass::conv_statistics;
+    const T* bias = norm2 ? numbers<T>(in.bias) : nullptr;
+    T* own = stats + (norm2 ? 2 * C : 0);
     if (!given) {
-      run(params, norm ? ForwardPass::conv_statistics : ForwardPass::x_statistics);
-      depthwise_block_merge(params, mean.data(), variance.data());
-      for (int64_t c = 0; c < C; ++c)
+      depthwise_block_merge(params, first, count, mean.data(), variance.data());
+      for (int64_t c = first; c < first + count; ++c)
         own[c] = static_cast<T>(mean[c] + (bias ? bias[c] : T(0))), own[C + c] = static_cast<T>(variance[c]);
     }
-    auto &shift = norm ? arrays.shift2 : arrays.shift1, &inv = norm ? arrays.inv2 : arrays.inv1;
-    Arrays<T>::set(shift, inv, own, own + C, bias, norm ? eps2 : eps1);
-  }
-  run(params, ForwardPass::output);
+    auto &shift = norm2 ? arrays.shift2 : arrays.shift1, &inv = norm2 ? arrays.inv2 : arrays.inv1;
+    Arrays<T>::set(shift, inv, own, own + C, bias, norm2 ? eps2 : eps1, first, first + count);
+  });
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor x, Tensor gamma1, Tensor beta1, Tensor weight, Tensor bias, Tensor gamma2,
@@ -144,41 +168,33 @@ template <typename T>
 void differentiate(DepthwiseBlockGradParams g, const Inputs& in, const Tensor& used, bool training, double eps1,
                    double eps2, Gradients& out) {
   const int64_t C = g.forward.C, groups = (g.forward.B + kUnitGroup - 1) / kUnitGroup;
-  const double count = training ? static_cast<double>(g.forward.B * g.forward.grid_h * g.forward.grid_w) : INFINITY;
+  const double places = training ? static_cast<double>(g.forward.B * g.forward.grid_h * g.forward.grid_w) : INFINITY;
   Arrays<T> arrays(in.weight, C);
   const T* stats = numbers<T>(used);
-  Arrays<T>::set(arrays.shift1, arrays.inv1, stats, stats + C, nullptr, eps1);
-  Arrays<T>::set(arrays.shift2, arrays.inv2, stats + 2 * C, stats + 3 * C, numbers<T>(in.bias), eps2);
+  Arrays<T>::set(arrays.shift1, arrays.inv1, stats, stats + C, nullptr, eps1, 0, C);
+  Arrays<T>::set(arrays.shift2, arrays.inv2, stats + 2 * C, stats + 3 * C, numbers<T>(in.bias), eps2, 0, C);
   arrays.point(g.forward, in);
-  std::vector<T> partial(groups * 11 * C), mean(2 * C);
+  std::vector<T> partial(groups * 11 * C), mean_d1(2 * C), mean_d2(2 * C);
   std::vector<double> sums(11 * C);
   g.partial = partial.data();
-  const auto put = [&](Tensor& to, const double* from) {
-    for (int64_t c = 0; c < C; ++c) static_cast<T*>(to.mutable_data_ptr())[c] = static_cast<T>(from[c]);
-  };
-  const auto means = [&] {  // zeros in evaluation
-    for (int64_t i = 0; i < 2 * C; ++i) mean[i] = static_cast<T>(sums[i] / count);
-  };
-
-  run(g, BackwardPass::norm2);
-  depthwise_block_sum(g, 0, 2, sums.data());
-  put(out.beta2, sums.data()), put(out.gamma2, sums.data() + C);
-  for (int64_t c = 0; c < C; ++c)  // in training the mean that norm2 takes away holds the bias
-    sums[2 * C + c] = training ? 0.0 : sums[c] * numbers<T>(in.gamma2)[c] * arrays.inv2[c];
-  put(out.bias, sums.data() + 2 * C);
-  means();
-  g.mean_d2 = mean.data(), g.mean_d2_hat = mean.data() + C;
-
-  run(g, BackwardPass::norm1);
-  depthwise_block_sum(g, 0, 11, sums.data());
-  put(out.beta1, sums.data()), put(out.gamma1, sums.data() + C);
-  T* grad_weight = static_cast<T*>(out.weight.mutable_data_ptr());
-  for (int64_t c = 0; c < C; ++c)
-    for (int k = 0; k < 9; ++k) grad_weight[c * 9 + k] = static_cast<T>(sums[(2 + k) * C + c]);
-  means();
-  g.mean_d1 = mean.data(), g.mean_d1_hat = mean.data() + C;
-
-  run(g, BackwardPass::x);
+  g.mean_d1 = mean_d1.data(), g.mean_d1_hat = mean_d1.data() + C;
+  g.mean_d2 = mean_d2.data(), g.mean_d2_hat = mean_d2.data() + C;
+  const auto array = [](Tensor& of) { return static_cast<T*>(of.mutable_data_ptr()); };
+  run(g, [&](BackwardPass pass, int64_t first, int64_t count) {
+    const bool norm2 = pass == BackwardPass::norm2;
+    depthwise_block_sum(g, norm2 ? 2 : 11, first, count, sums.data());
+    T *beta = array(norm2 ? out.beta2 : out.beta1), *gamma = array(norm2 ? out.gamma2 : out.gamma1);
+    std::vector<T>& mean = norm2 ? mean_d2 : mean_d1;
+    for (int64_t c = first; c < first + count; ++c) {
+      beta[c] = static_cast<T>(sums[c]), gamma[c] = static_cast<T>(sums[C + c]);
+      mean[c] = static_cast<T>(sums[c] / places), mean[C + c] = static_cast<T>(sums[C + c] / places);
+      if (norm2) {  // in training the mean that norm2 takes away holds the bias
+        array(out.bias)[c] = training ? T(0) : static_cast<T>(sums[c] * numbers<T>(in.gamma2)[c] * arrays.inv2[c]);
+      } else {
+        for (int k = 0; k < 9; ++k) array(out.weight)[c * 9 + k] = static_cast<T>(sums[(2 + k) * C + c]);
+      }
+    }
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor x, Tensor gamma1,

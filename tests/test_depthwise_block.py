@@ -185,13 +185,24 @@ def test_sizes_of_zero(target, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_two_runs_and_any_number_of_threads_agree(target, poisoned_memory, restored_threads, dtype):
-    inputs, grad_out = (lambda a, b: ([t.to(target.device) for t in a], b.to(target.device)))(*draw(
-        19, (5, 3), 70, dtype))  # fmt: skip
+    check_runs(target, draw(19, (5, 3), 70, dtype), (5, 3), (1, 2, 16, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_results_larger_than_the_caches(target, poisoned_memory, restored_threads, dtype):
+    if target.backend != "cpu":
+        pytest.skip("stores of the CPU kernels")
+    check_runs(target, draw(26, (16, 16), 240, dtype), (16, 16), (2, 16))
+
+
+def check_runs(target, problem, grid, numbers_of_threads):
+    """Units of work are whole batches of a few channels where that gives each thread one, else images."""
+    inputs, grad_out = [t.to(target.device) for t in problem[0]], problem[1].to(target.device)
     results = []
-    for threads in (1, 2, 1):
+    for threads in numbers_of_threads:
         torch.set_num_threads(threads)
         results.append(value_and_grads(
-            lambda *t: depthwise_block(*t, (5, 3), backend=target.backend)[0], inputs, grad_out))  # fmt: skip
+            lambda *t: depthwise_block(*t, grid, backend=target.backend)[0], inputs, grad_out))  # fmt: skip
     for other in results[1:]:
         assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(results[0], other, strict=True))
 

@@ -19,8 +19,14 @@
   X(cls_attention_forward, (const ClsAttentionParams& params, int64_t begin, int64_t end), (params, begin, end))       \
   X(depthwise_block_backward, (const DepthwiseBlockGradParams& params, BackwardPass pass, int64_t begin, int64_t end), \
     (params, pass, begin, end))                                                                                        \
+  X(depthwise_block_backward_resident,                                                                                 \
+    (const DepthwiseBlockGradParams& params, const AfterBackward& after, int64_t begin, int64_t end),                  \
+    (params, after, begin, end))                                                                                       \
   X(depthwise_block_forward, (const DepthwiseBlockParams& params, ForwardPass pass, int64_t begin, int64_t end),       \
     (params, pass, begin, end))                                                                                        \
+  X(depthwise_block_forward_resident,                                                                                  \
+    (const DepthwiseBlockParams& params, const AfterForward& after, int64_t begin, int64_t end),                       \
+    (params, after, begin, end))                                                                                       \
   X(feature_alignment_forward, (const FeatureAlignmentParams& params, int64_t begin, int64_t end),                     \
     (params, begin, end))                                                                                              \
   X(feature_alignment_backward, (const FeatureAlignmentGradParams& params, int64_t begin, int64_t end),                \

@@ -1,6 +1,8 @@
 // The first lanes of a vector of stored elements, in the compute type and back.
 #pragma once
 
+#include <type_traits>
+
 #include "pack.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
@@ -50,6 +52,15 @@ inline void store_part(E* p, Vec<Compute<E>> x, int64_t n) {
     return _mm256_mask_storeu_epi16(p, first_lanes(n), _mm256_loadu_si256((const __m256i*)part));
 #endif
   for (int64_t l = 0; l < n; ++l) p[l] = part[l];
+}
+
+// x as memory would give it back.
+template <typename E>
+inline Vec<Compute<E>> as_stored(Vec<Compute<E>> x) {
+  if constexpr (std::is_same_v<E, Compute<E>>) return x;
+  E stored[kLanes<Compute<E>>];
+  store_row(stored, x);
+  return load_row(stored);
 }
 
 }  // namespace fastib::FASTIB_ISA_NAMESPACE

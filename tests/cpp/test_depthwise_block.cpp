@@ -1,6 +1,6 @@
 // The depth-wise block pass by pass on every instruction set of this machine, against plain loops in double: tensors
 // that end where their memory ends, channels that fill no vector, grids of one row, several groups of images, any split
-// of the work, threads. Each pass is checked on what the pass before it has stored.
+// of the work, threads. Each pass is checked on what the pass before it has stored, and resident units on the passes.
 #include <algorithm>
 #include <functional>
 #include <random>
@@ -72,6 +72,7 @@ struct Problem {
     DepthwiseBlockGradParams g{};
     DepthwiseBlockParams& p = g.forward;
     p.dtype = Element<E>::dtype, p.B = c.B, p.C = c.C, p.grid_h = c.grid_h, p.grid_w = c.grid_w;
+    p.unit_channels = kUnitChannels;
     p.x = x.data(), p.weight = weight.data(), p.out = out.data(), p.partial = partial.data();
     p.norm1 = {shift[0].data(), inv[0].data(), gamma[0].data(), beta[0].data()};
     p.norm2 = {shift[1].data(), inv[1].data(), gamma[1].data(), beta[1].data()};
@@ -146,7 +147,7 @@ struct Problem {
   // The statistics of `of` as the passes found them, and what the next pass takes of them.
   void merge(const DepthwiseBlockParams& p, const Map& of, int norm) {
     std::vector<double> mean(c.C), variance(c.C);
-    depthwise_block_merge(p, mean.data(), variance.data());
+    depthwise_block_merge(p, 0, c.C, mean.data(), variance.data());
     const double share = 1.0 / static_cast<double>(c.B * places);
     const Map total = sums(of);
     Map squares(c.C);
@@ -165,7 +166,7 @@ struct Problem {
   void merge_gradients(const DepthwiseBlockGradParams& g, const std::vector<Map>& exact, int norm) {
     const int64_t rows = static_cast<int64_t>(exact.size());
     std::vector<double> found(rows * c.C);
-    depthwise_block_sum(g, 0, rows, found.data());
+    depthwise_block_sum(g, rows, 0, c.C, found.data());
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t k = 0; k < c.C; ++k)
         near(found[row * c.C + k], exact[row][k], "norm " + std::to_string(norm + 1) + " sum " + std::to_string(row));
@@ -183,6 +184,17 @@ struct Problem {
 
   using Pass = std::function<void(int64_t, int64_t)>;
   using Runner = std::function<void(int64_t units, const Pass&)>;
+
+  // All passes in resident units, with what a run before found between them.
+  void run_resident(const Runner& runner, int64_t channels) {
+    DepthwiseBlockGradParams g = params();
+    g.forward.unit_channels = channels;
+    const auto nothing = [](auto, int64_t, int64_t) {};
+    const int64_t count = (c.C + channels - 1) / channels;
+    runner(count,
+           [&](int64_t begin, int64_t end) { depthwise_block_forward_resident(g.forward, nothing, begin, end); });
+    runner(count, [&](int64_t begin, int64_t end) { depthwise_block_backward_resident(g, nothing, begin, end); });
+  }
 
   // All passes, each run by `runner`, and checked unless it is to be compared with a run before.
   void run(const Runner& runner, bool checked) {
@@ -252,10 +264,18 @@ void run(const Case& c) {
     problem.run(whole, true);
     const auto out = problem.out, grad_x = problem.grad_x;
     const auto partial = problem.partial, grad_partial = problem.grad_partial;
-    problem.run(split, false);
-    CHECK(same(out, problem.out) && same(grad_x, problem.grad_x) && same(partial, problem.partial) &&
-              same(grad_partial, problem.grad_partial),
-          problem.where, " depends on the split");
+    const auto check_same = [&](const std::string& what) {
+      CHECK(same(out, problem.out) && same(grad_x, problem.grad_x) && same(partial, problem.partial) &&
+                same(grad_partial, problem.grad_partial),
+            problem.where, " depends on ", what);
+      for (auto* memory : {&problem.out, &problem.grad_x})
+        std::fill(memory->begin(), memory->end(), Element<E>::from(NAN));
+      for (auto* memory : {&problem.partial, &problem.grad_partial}) std::fill(memory->begin(), memory->end(), NAN);
+    };
+    check_same("nothing");
+    problem.run(split, false), check_same("the split");
+    problem.run_resident(whole, 64), check_same("residence");
+    problem.run_resident(split, 16), check_same("the width of resident units");
   }
 }
 
