@@ -91,6 +91,12 @@ class Bootstrap(Method):
         self.agent = agent_for(
             student, options.shared, form=options.form, pre_norm=options.pre_norm, down_sample=down_sample
         )
+        size = student.patch_embed.img_size
+        if size is not None:
+            with torch.no_grad():  # raises where the maps become too small
+                image = next(student.parameters()).new_zeros(1, student.patch_embed.proj.in_channels, *size)
+                self.agent.eval()(image)
+                self.agent.train(student.training)
         depth = len(student.blocks)
         for layer in options.layers:
             if not 0 <= layer < depth:

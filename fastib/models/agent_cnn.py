@@ -213,6 +213,10 @@ class AgentCNN(nn.Module):
             if i in take:
                 taken.append(x)
             if i in self.down_sample:
+                if min(x.shape[2:]) < 2:
+                    raise ValueError(
+                        f"down_sample: block {i} leaves {x.shape[2]} x {x.shape[3]} places, too few to halve"
+                    )
                 x = F.avg_pool2d(x, 2)
         return x
 

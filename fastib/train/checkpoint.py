@@ -138,7 +138,11 @@ class Checkpoints:
             state = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot read {file}: {error}") from error
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
+        if (
+            not isinstance(state, dict)
+            or state.get("format") != FORMAT
+            or not {"version", "step", "files"} <= set(state)
+        ):
             raise CheckpointError(f"{file} is not the state of a fastib checkpoint")
         if state["version"] != VERSION:
             raise CheckpointError(f"{file} has version {state['version']}; this fastib reads version {VERSION}")

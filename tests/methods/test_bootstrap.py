@@ -369,6 +369,7 @@ def test_fsdp_is_refused():
     ({"feature_weight": -1.0}, "feature_weight: expected a finite number of at least 0, got -1.0"),
     ({"layers": [4]}, r"layers: expected blocks in \[0, 3\], got 4"),
     ({"down_sample": [7]}, r"down_sample: expected blocks in \[0, 3\]"),
+    ({"form": "base", "down_sample": [0, 1, 2, 3]}, r"down_sample: block 3 leaves 1 x 1 places, too few to halve"),
 ])  # fmt: skip
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):

@@ -87,6 +87,7 @@ def test_unusable_files_are_named(tmp_path):
         (text[:10], "cannot read"),
         ("[]", "is not the state of a fastib checkpoint"),
         ('{"format": "pytorch"}', "is not the state of a fastib checkpoint"),
+        (text.replace('"version": 1, ', ""), "is not the state of a fastib checkpoint"),
         (text.replace('"version": 1', '"version": 99'), "has version 99"),
         (text.replace('"step": 1', '"step": 8'), "is of step 8, not of step 1"),
     ):
