@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -18,7 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fastib.methods import get_method
+from fastib.methods import Method, get_method
 from fastib.train.build import build_model, describe, load_teacher, load_weights, save_student, try_out
 from fastib.train.checkpoint import Checkpoints, write_text
 from fastib.train.config import TrainConfig, read_config, save_config
@@ -40,9 +42,9 @@ def train(config: TrainConfig) -> dict:
     Returns what result.json holds: accuracies, steps, seconds, and ``folder``.
     """
     if uses_own_teachers(config):
-        data = build_data(config.data, config.seed)  # what is wrong with the student ends before the teachers' hours
+        data = build_data(config.data, config.seed)
         data.steps_per_epoch(config.data.batch_size, config.grad_accum)
-        _student(config)
+        _try_method(config)
         for teacher in own_teachers(config, claim_folder(config)):
             folder = Path(teacher.output)
             if (folder / CONFIG).is_file():
@@ -52,10 +54,30 @@ def train(config: TrainConfig) -> dict:
     return Trainer(config).fit()
 
 
-def _student(config: TrainConfig) -> nn.Module:
-    """Of a run whose data are known."""
+def _try_method(config: TrainConfig) -> None:
+    """Build student and method with untrained teachers: what is wrong with them ends before the teachers' hours."""
+    config = copy.deepcopy(config)
+    untrained = {f"run:{teacher.output}": teacher for teacher in own_teachers(config, Path(config.output or "-"))}
+
+    def load(source: str) -> nn.Module:
+        teacher = untrained.get(source)
+        return _teacher(config, source) if teacher is None else build_model(**describe(teacher.model, teacher.data))
+
+    _method(config, load)
+
+
+def _method(config: TrainConfig, load: Callable[[str], nn.Module]) -> Method:
+    """The method around a new student, of a run whose data are known; `load` makes teachers. Raises ConfigError."""
     model = build_model(**describe(config.model, config.data), pretrained=config.model.pretrained)
-    return try_out(model, config.data, f"the model {config.model.name}")
+    student = try_out(model, config.data, f"the model {config.model.name}")
+    try:
+        return get_method(config.method.name)(config.method, student, config.data.num_classes, load)
+    except ValueError as error:
+        raise ConfigError(f"method {config.method.name}: {error}") from error
+
+
+def _teacher(config: TrainConfig, source: str) -> nn.Module:
+    return try_out(load_teacher(source), config.data, f"the teacher {source}")
 
 
 def resume(folder: Path | str) -> dict:
@@ -93,12 +115,7 @@ class Trainer:
         self.steps_per_epoch = self.data.steps_per_epoch(config.data.batch_size, config.grad_accum, self.world)
         self.total = config.steps or config.epochs * self.steps_per_epoch
         self.description = describe(config.model, config.data)
-        student = _student(config)
-        try:
-            method = cls(config.method, student, config.data.num_classes, self._teacher)
-        except ValueError as error:
-            raise ConfigError(f"method {config.method.name}: {error}") from error
-        self._prepare(method)
+        self._prepare(_method(config, lambda source: _teacher(config, source)))
         self.step, self.best, self.sums, self.count = 0, None, {}, 0
         self.saved: int | None = None  # step of the last checkpoint
         self.recent: list[torch.Tensor] = []
@@ -111,9 +128,6 @@ class Trainer:
             self._restore()
         elif self.accelerator.is_main_process:
             save_config(config, self.folder / CONFIG)
-
-    def _teacher(self, source: str) -> nn.Module:
-        return try_out(load_teacher(source), self.config.data, f"the teacher {source}")
 
     def _prepare(self, method) -> None:
         config = self.config

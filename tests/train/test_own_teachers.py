@@ -157,9 +157,10 @@ def test_evaluation_does_without_teachers_that_are_gone(advised, tmp_path):
         (["method.taus=[1.0]"], "method co_advise: taus: expected 2 numbers, got 1"),
     ],
 )
-def test_wrong_teachers_are_named(overrides, message, advised):
+def test_wrong_teachers_are_named_before_any_is_trained(overrides, message, advised, tmp_path):
     with pytest.raises(ConfigError, match=message):
         train(advised("teachers.cnn.options=[steps=1]", "teachers.inn.options=[steps=1]", *overrides))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_digits_recipe_trains_both(tmp_path):
