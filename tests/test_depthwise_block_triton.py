@@ -35,6 +35,7 @@ CASES = {
     "tile": (2, (4, 4), 64, torch.float32, False),
     "several tiles": (2, (8, 8), 130, torch.float32, False),
     "a row": (3, (1, 40), 5, torch.float32, False),
+    "several chunks": (2, (9, 17), 5, torch.float32, False),
     "evaluation": (2, (6, 7), 65, torch.float32, True),
     "bfloat16": (2, (6, 7), 65, torch.bfloat16, False),
     "float16": (2, (6, 7), 65, torch.float16, True),

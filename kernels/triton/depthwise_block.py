@@ -1,7 +1,7 @@
 """The middle of DHVT's feed-forward on a GPU (DHVT, Sec. 3.2): passes over tiles of places by channels of one image.
 
 s and conv(s) are written once in each direction, and gone after it; what all passes share is the bytes they move. Sums
-over the batch are those of the tiles, added up in a fixed order: no atomics.
+over the batch are those of chunks of an image, a few tiles each, added up in a fixed order: no atomics.
 """
 
 import torch
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from fastib import _gpu_limits as limits
 
-BLOCK_P, BLOCK_C = 16, 64
+BLOCK_P, BLOCK_C, STEPS = 16, 64, 8  # a chunk has STEPS tiles of BLOCK_P places
 
 
 @triton.jit
@@ -22,6 +22,23 @@ def _tile(P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (place < P)[:, None] & (channel < C)[None, :]
     return image, place, channel, (image * P + place[:, None]) * C + channel[None, :], inside
+
+
+@triton.jit
+def _chunk(P, C, STEPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A chunk: its image, its first place, how many places, channels (BLOCK_C,)."""
+    chunks = tl.cdiv(P, STEPS * BLOCK_P)
+    image = (tl.program_id(0) // chunks).to(tl.int64)
+    first = tl.program_id(0) % chunks * STEPS * BLOCK_P
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return image, first, tl.minimum(P - first, STEPS * BLOCK_P), channel
+
+
+@triton.jit
+def _tile_of(image, first, channel, P, C, BLOCK_P: tl.constexpr):
+    """The tile of a chunk that begins at place `first`: as `_tile`."""
+    place = first + tl.arange(0, BLOCK_P)
+    return place, (image * P + place[:, None]) * C + channel[None, :], (place < P)[:, None] & (channel < C)[None, :]
 
 
 @triton.jit
@@ -66,27 +83,39 @@ def depthwise_block_act_kernel(x_ptr, norm_ptr, s_ptr, P, C, BLOCK_P: tl.constex
 
 @triton.jit
 def depthwise_block_conv_kernel(
-    s_ptr, weight_ptr, conv_ptr, partial_ptr, grid_h, grid_w, C, CONV: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    s_ptr, weight_ptr, conv_ptr, partial_ptr, grid_h, grid_w, C, CONV: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """conv(s) without its bias where CONV, else s itself; of each tile the mean and the sum of squares about it."""
+    """conv(s) without its bias where CONV, else s itself.
+
+    Of each chunk the mean of its first tile, and the sums of what differs from it and of the squares of that, of which
+    at most `STEPS` times the chunk's variance cancels.
+    """
     P = grid_h * grid_w
-    image, place, channel, at, inside = _tile(P, C, BLOCK_P, BLOCK_C)
-    if CONV:
-        y = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        for k in tl.static_range(9):
-            tap = tl.load(weight_ptr + k * C + channel, mask=channel < C, other=0.0)
-            y += tap[None, :] * _neighbour(s_ptr, image, place, channel, k, False, grid_h, grid_w, C)
-        tl.store(conv_ptr + at, y.to(conv_ptr.dtype.element_ty), mask=inside)
-        y = y.to(conv_ptr.dtype.element_ty).to(tl.float32)
-    else:
-        y = tl.load(s_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    count = tl.sum((place < P).to(tl.float32), 0)
-    mean = tl.sum(tl.where(inside, y, 0.0), 0) / count
-    off = tl.where(inside, y - mean[None, :], 0.0)
-    to = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C + channel
-    tl.store(to, mean, mask=channel < C)
-    tl.store(to + C, tl.sum(off * off, 0), mask=channel < C)
+    image, first, count, channel = _chunk(P, C, STEPS, BLOCK_P, BLOCK_C)
+    base = tl.zeros((BLOCK_C,), tl.float32)
+    sum = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for start in range(0, count, BLOCK_P):
+        place, at, inside = _tile_of(image, first + start, channel, P, C, BLOCK_P)
+        if CONV:
+            y = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+            for k in tl.static_range(9):
+                tap = tl.load(weight_ptr + k * C + channel, mask=channel < C, other=0.0)
+                y += tap[None, :] * _neighbour(s_ptr, image, place, channel, k, False, grid_h, grid_w, C)
+            tl.store(conv_ptr + at, y.to(conv_ptr.dtype.element_ty), mask=inside)
+            y = y.to(conv_ptr.dtype.element_ty).to(tl.float32)
+        else:
+            y = tl.load(s_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if start == 0:
+            base = tl.sum(tl.where(inside, y, 0.0), 0) / tl.minimum(count, BLOCK_P)
+        off = tl.where(inside, y - base[None, :], 0.0)
+        sum += off
+        squares += off * off
+    to = partial_ptr + tl.program_id(0).to(tl.int64) * 3 * C + channel
+    tl.store(to, base, mask=channel < C)
+    tl.store(to + C, tl.sum(sum, 0), mask=channel < C)
+    tl.store(to + 2 * C, tl.sum(squares, 0), mask=channel < C)
 
 
 @triton.jit
@@ -101,16 +130,22 @@ def depthwise_block_out_kernel(s_ptr, conv_ptr, norm_ptr, out_ptr, P, C, BLOCK_P
 
 @triton.jit
 def depthwise_block_bwd_norm2_kernel(
-    grad_ptr, conv_ptr, norm_ptr, partial_ptr, P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+    grad_ptr, conv_ptr, norm_ptr, partial_ptr, P, C, STEPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Sums of d2 = grad GELU'(u2) and of d2 hat, of each tile."""
-    _, _, channel, at, inside = _tile(P, C, BLOCK_P, BLOCK_C)
+    """Sums of d2 = grad GELU'(u2) and of d2 hat, of each chunk."""
+    image, first, count, channel = _chunk(P, C, STEPS, BLOCK_P, BLOCK_C)
     shift, inv, gamma, beta = _norm(norm_ptr, channel, C)
-    hat = (tl.load(conv_ptr + at, mask=inside, other=0.0).to(tl.float32) + shift) * inv
-    d = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * _slope(hat * gamma + beta)
+    sum = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    sum_hat = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for start in range(0, count, BLOCK_P):
+        _, at, inside = _tile_of(image, first + start, channel, P, C, BLOCK_P)
+        hat = (tl.load(conv_ptr + at, mask=inside, other=0.0).to(tl.float32) + shift) * inv
+        d = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * _slope(hat * gamma + beta)
+        sum += d
+        sum_hat += d * hat
     to = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * C + channel
-    tl.store(to, tl.sum(d, 0), mask=channel < C)
-    tl.store(to + C, tl.sum(d * hat, 0), mask=channel < C)
+    tl.store(to, tl.sum(sum, 0), mask=channel < C)
+    tl.store(to + C, tl.sum(sum_hat, 0), mask=channel < C)
 
 
 @triton.jit
@@ -133,25 +168,41 @@ def depthwise_block_bwd_y_kernel(
 @triton.jit
 def depthwise_block_bwd_norm1_kernel(
     grad_ptr, grad_conv_ptr, s_ptr, x_ptr, norm_ptr, weight_ptr, d_ptr, partial_ptr, grid_h, grid_w, C,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """d1 = (grad + conv^T grad_conv) GELU'(u1); of each tile its sums and those of the convolution's weight: 11."""
+    """d1 = (grad + conv^T grad_conv) GELU'(u1); of each chunk its sums and those of the convolution's weight: 11."""
     P = grid_h * grid_w
-    image, place, channel, at, inside = _tile(P, C, BLOCK_P, BLOCK_C)
-    to = partial_ptr + tl.program_id(0).to(tl.int64) * 11 * C + channel
-    here = tl.load(grad_conv_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    d = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    for k in tl.static_range(9):
-        tap = tl.load(weight_ptr + k * C + channel, mask=channel < C, other=0.0)
-        d += tap[None, :] * _neighbour(grad_conv_ptr, image, place, channel, k, True, grid_h, grid_w, C)
-        s = _neighbour(s_ptr, image, place, channel, k, False, grid_h, grid_w, C)
-        tl.store(to + (2 + k) * C, tl.sum(here * s, 0), mask=channel < C)
+    image, first, count, channel = _chunk(P, C, STEPS, BLOCK_P, BLOCK_C)
     shift, inv, gamma, beta = _norm(norm_ptr, channel, C)
-    hat = (tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + shift) * inv
-    d = tl.where(inside, d * _slope(hat * gamma + beta), 0.0)
-    tl.store(d_ptr + at, d.to(d_ptr.dtype.element_ty), mask=inside)
-    tl.store(to, tl.sum(d, 0), mask=channel < C)
-    tl.store(to + C, tl.sum(d * hat, 0), mask=channel < C)
+    to = partial_ptr + tl.program_id(0).to(tl.int64) * 11 * C + channel
+    sum = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    sum_hat = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for start in range(0, count, BLOCK_P):
+        place, at, inside = _tile_of(image, first + start, channel, P, C, BLOCK_P)
+        d = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        for k in tl.static_range(9):
+            tap = tl.load(weight_ptr + k * C + channel, mask=channel < C, other=0.0)
+            d += tap[None, :] * _neighbour(grad_conv_ptr, image, place, channel, k, True, grid_h, grid_w, C)
+        hat = (tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + shift) * inv
+        d = tl.where(inside, d * _slope(hat * gamma + beta), 0.0)
+        tl.store(d_ptr + at, d.to(d_ptr.dtype.element_ty), mask=inside)
+        sum += d
+        sum_hat += d * hat
+    tl.store(to, tl.sum(sum, 0), mask=channel < C)
+    tl.store(to + C, tl.sum(sum_hat, 0), mask=channel < C)
+    for k in tl.static_range(0, 9, 3):  # a row of taps at a time: what they read is in the first cache
+        left = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        middle = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        right = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        for start in range(0, count, BLOCK_P):
+            place, at, inside = _tile_of(image, first + start, channel, P, C, BLOCK_P)
+            here = tl.load(grad_conv_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            left += here * _neighbour(s_ptr, image, place, channel, k, False, grid_h, grid_w, C)
+            middle += here * _neighbour(s_ptr, image, place, channel, k + 1, False, grid_h, grid_w, C)
+            right += here * _neighbour(s_ptr, image, place, channel, k + 2, False, grid_h, grid_w, C)
+        tl.store(to + (2 + k) * C, tl.sum(left, 0), mask=channel < C)
+        tl.store(to + (3 + k) * C, tl.sum(middle, 0), mask=channel < C)
+        tl.store(to + (4 + k) * C, tl.sum(right, 0), mask=channel < C)
 
 
 class _Passes:
@@ -164,12 +215,14 @@ class _Passes:
         self.affine = (parameters[0], parameters[1]), (parameters[4], parameters[5])
         self.weight = parameters[2].reshape(self.channels, 9).t().contiguous()  # (9, C)
         self.bias = parameters[3]
-        self.tiles = triton.cdiv(self.places, BLOCK_P)
-        self.grid = self.batch * self.tiles, triton.cdiv(self.channels, BLOCK_C)
+        blocks, self.chunks = triton.cdiv(self.channels, BLOCK_C), triton.cdiv(self.places, STEPS * BLOCK_P)
+        self.grid = self.batch * triton.cdiv(self.places, BLOCK_P), blocks
+        self.chunk_grid = self.batch * self.chunks, blocks
         self.options = {"BLOCK_P": BLOCK_P, "BLOCK_C": BLOCK_C, "enable_fp_fusion": True}
+        self.chunk_options = self.options | {"STEPS": STEPS, "num_warps": 8}
 
     def partial(self, rows):
-        return self.x.new_empty((self.grid[0], rows, self.channels), dtype=torch.float32)
+        return self.x.new_empty((self.chunk_grid[0], rows, self.channels), dtype=torch.float32)
 
     def norm(self, place, mean, var):
         """(4, C) for the kernels: shift, inv, gamma, beta."""
@@ -177,12 +230,14 @@ class _Passes:
         return torch.stack((shift, (var.double() + self.eps[place]).rsqrt().float(), *self.affine[place]))
 
     def moments(self, partial):
-        """Mean and biased variance of what the tiles saw."""
-        first = torch.arange(self.tiles, device=partial.device) * BLOCK_P
-        count = (self.places - first).clamp(max=BLOCK_P).double().repeat(self.batch)[:, None]
-        wide, total = partial.double(), self.batch * self.places
-        mean = (wide[:, 0] * count).sum(0) / total
-        var = (wide[:, 1] + count * (wide[:, 0] - mean) ** 2).sum(0) / total
+        """Mean and biased variance of what the chunks saw."""
+        size = STEPS * BLOCK_P
+        first = torch.arange(self.chunks, device=partial.device) * size
+        count = (self.places - first).clamp(max=size).double().repeat(self.batch)[:, None]
+        (base, sums, squares), total = partial.double().unbind(1), self.batch * self.places
+        means = base + sums / count
+        mean = (means * count).sum(0) / total
+        var = (squares - sums**2 / count + count * (means - mean) ** 2).sum(0) / total
         return mean, var
 
     def activate(self, norm1):
@@ -191,9 +246,9 @@ class _Passes:
         return s
 
     def convolve(self, s, conv=True):
-        out, partial = torch.empty_like(self.x) if conv else s, self.partial(2)
-        depthwise_block_conv_kernel[self.grid](
-            s, self.weight, out, partial, *self.grid_size, self.channels, CONV=conv, **self.options
+        out, partial = torch.empty_like(self.x) if conv else s, self.partial(3)
+        depthwise_block_conv_kernel[self.chunk_grid](
+            s, self.weight, out, partial, *self.grid_size, self.channels, CONV=conv, **self.chunk_options
         )
         return out, partial
 
@@ -233,16 +288,16 @@ def depthwise_block_bwd(
     s = passes.activate(norm1)
     conv, _ = passes.convolve(s)
     partial = passes.partial(2)
-    depthwise_block_bwd_norm2_kernel[passes.grid](grad_out, conv, norm2, partial, *sizes, **passes.options)
-    sums2 = partial.double().sum(0)
+    depthwise_block_bwd_norm2_kernel[passes.chunk_grid](grad_out, conv, norm2, partial, *sizes, **passes.chunk_options)
+    sums2 = partial.sum(0, dtype=torch.float64)
     means = (sums2 * share).float()
     depthwise_block_bwd_y_kernel[passes.grid](grad_out, conv, norm2, means, conv, *sizes, ACT=True, **passes.options)
     grad_x, partial = torch.empty_like(passes.x), passes.partial(11)
-    depthwise_block_bwd_norm1_kernel[passes.grid](
+    depthwise_block_bwd_norm1_kernel[passes.chunk_grid](
         grad_out, conv, s, passes.x, norm1, passes.weight, grad_x, partial, *passes.grid_size, passes.channels,
-        **passes.options,
+        **passes.chunk_options,
     )  # fmt: skip
-    sums1 = partial.double().sum(0)
+    sums1 = partial.sum(0, dtype=torch.float64)
     means = (sums1[:2] * share).float()
     depthwise_block_bwd_y_kernel[passes.grid](
         grad_x, passes.x, norm1, means, grad_x, *sizes, ACT=False, **passes.options
