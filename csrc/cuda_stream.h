@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "error_code.h"
+
 namespace fastib {
 
 // Makes the tensor's device the current one while it lives.

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../kernels/common/dtype.h"
+#include "error_code.h"
 
 namespace fastib {
 
