@@ -22,6 +22,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("target", kernel_targets(gpu), ids=str, indirect=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what runs on a GPU alone, so that `-m gpu` selects it."""
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if "cuda" in [getattr(params.get(name), "device", params.get(name)) for name in ("target", "where", "device")]:
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture
 def target(request: pytest.FixtureRequest):
     """One place where kernels run, instruction set or GPU, forced for the test; skips, saying why, where it cannot."""

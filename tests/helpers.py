@@ -92,6 +92,14 @@ def expanded(t: Tensor) -> Tensor:
     return t[:1].expand(t.shape)
 
 
+def on_device(t: Tensor, device: str) -> Tensor:
+    """`t` on `device`, with its strides and its offset in a copy of all its storage: `to` makes most views dense."""
+    if t.device.type == device:
+        return t
+    whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+    return whole.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
+
+
 def max_error(actual: Tensor, exact: Tensor) -> float:
     """Largest absolute difference, in float64; NaN and infinity count as infinite unless both agree."""
     actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()

@@ -1,7 +1,7 @@
 """One call of involution as a test sees it: inputs, the exact answer, and what rounding alone may cost."""
 
 import torch
-from helpers import Target, assert_twofold, expanded, sliced, transposed_rows, value_and_grads
+from helpers import Target, assert_twofold, expanded, on_device, sliced, transposed_rows, value_and_grads
 
 from fastib.ops import involution
 from fastib.reference import involution_ref
@@ -56,9 +56,11 @@ class Problem:
 
     def kernel(self, target: Target, inputs=None, grad_out=None):
         inputs, grad_out = inputs or self.inputs, self.grad_out if grad_out is None else grad_out
-        # `to` keeps strides where the device stays.
         return self.call(
-            involution, [t.to(target.device) for t in inputs], grad_out.to(target.device), backend=target.backend
+            involution,
+            [on_device(t, target.device) for t in inputs],
+            on_device(grad_out, target.device),
+            backend=target.backend,
         )
 
     def exact(self, inputs=None, grad_out=None):

@@ -1,7 +1,7 @@
 """One call of mhca_attention as a test sees it: inputs, the exact answer, and what rounding alone may cost."""
 
 import torch
-from helpers import Target, assert_twofold, expanded, packed, sliced, transposed_rows, value_and_grads
+from helpers import Target, assert_twofold, expanded, on_device, packed, sliced, transposed_rows, value_and_grads
 
 from fastib.ops import mhca_attention
 from fastib.reference import mhca_attention_ref
@@ -46,7 +46,10 @@ class Problem:
     def kernel(self, target: Target, inputs=None, grad_out=None):
         inputs, grad_out = inputs or self.inputs, self.grad_out if grad_out is None else grad_out
         return self.call(
-            mhca_attention, [t.to(target.device) for t in inputs], grad_out.to(target.device), backend=target.backend
+            mhca_attention,
+            [on_device(t, target.device) for t in inputs],
+            on_device(grad_out, target.device),
+            backend=target.backend,
         )
 
     def reference(self, inputs=None, grad_out=None):

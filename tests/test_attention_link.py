@@ -9,6 +9,7 @@ from helpers import (
     Target,
     check_operator,
     max_error,
+    on_device,
     sliced,
     transposed_rows,
     value_and_grads,
@@ -46,8 +47,8 @@ def draw(batch, maps, channels, positions, dtype, seed=0):
 
 
 def check(where: Target, attn, weight, bias, teacher, reduction="mean", **options):
-    attn, weight, bias, teacher = (t.to(where.device) for t in (attn, weight, bias, teacher))
-    options = {name: v.to(where.device) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
+    attn, weight, bias, teacher = (on_device(t, where.device) for t in (attn, weight, bias, teacher))
+    options = {name: on_device(v, where.device) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
     shape = (attn.shape[0], weight.shape[0]) if reduction == "none" else ()
     grad_out = torch.rand(shape, generator=torch.Generator().manual_seed(5)).to(weight.dtype).to(where.device) + 0.5
     host = {name: v.cpu() if isinstance(v, torch.Tensor) else v for name, v in options.items()}

@@ -177,6 +177,7 @@ def test_interpreter(interpreted, kind, case):
     check(interpreted[f"{kind} {case}"])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("kind", "case"), ALL)
 def test_gpu(kind, case):

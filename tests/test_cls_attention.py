@@ -10,6 +10,7 @@ from helpers import (
     Target,
     check_operator,
     max_error,
+    on_device,
     packed,
     sliced,
     transposed_rows,
@@ -35,7 +36,7 @@ def draw(batch, heads, tokens, dim, dtype, prefix=1, seed=0):
 
 
 def check(target: Target, q, k, grad_out, **options):
-    q, k, grad_out = (t.to(target.device) for t in (q, k, grad_out))
+    q, k, grad_out = (on_device(t, target.device) for t in (q, k, grad_out))
     check_operator(
         lambda *x: cls_attention_maps(*x, backend=target.backend, **options),
         lambda *x: cls_attention_maps_ref(*x, **options),

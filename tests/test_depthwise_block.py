@@ -3,7 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, Target, check_operator, expanded, max_error, sliced, transposed_rows, value_and_grads
+from helpers import (
+    DTYPES,
+    Target,
+    check_operator,
+    expanded,
+    max_error,
+    on_device,
+    sliced,
+    transposed_rows,
+    value_and_grads,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -59,7 +69,7 @@ def steps(x, gamma1, beta1, weight, bias, gamma2, beta2, grid, statistics=None, 
 
 def check(target: Target, inputs, grad_out, grid, statistics=None):
     def at(t):
-        return t if t is None or t.device.type == target.device else t.to(target.device)
+        return t if t is None else on_device(t, target.device)
 
     check_operator(
         lambda *t: depthwise_block(*t, grid, statistics=at(statistics), backend=target.backend)[0],

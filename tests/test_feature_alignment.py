@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, check_operator, max_error, sliced, transposed_rows, value_and_grads
+from helpers import DTYPES, check_operator, max_error, on_device, sliced, transposed_rows, value_and_grads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +45,7 @@ def steps(teacher, center, eps, reduction, student, round=lambda x: x):
 
 
 def check(target, student, teacher, center=True, eps=1e-5, reduction="mean"):
-    student, teacher = student.to(target.device), teacher.to(target.device)
+    student, teacher = on_device(student, target.device), on_device(teacher, target.device)
     options = {"center": center, "eps": eps, "reduction": reduction}
     wide = torch.promote_types(student.dtype, torch.float32)
     shape = (student.shape[0], min(student.shape[1], teacher.shape[1])) if reduction == "none" else ()

@@ -91,6 +91,7 @@ def test_interpreter(interpreted, case):
     check(interpreted[case])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("case", CASES)
 def test_gpu(case):

@@ -12,6 +12,7 @@ from helpers import (
     expanded,
     kernel_targets,
     max_error,
+    on_device,
     sliced,
     transposed_rows,
     value_and_grads,
@@ -56,7 +57,7 @@ def problem(heads, dim, size, dtype, batch=2):
 
 
 def shift(target, x, heads, inverse=False):
-    return torch.ops.fastib.generalized_conv_shift(x.to(target.device), heads, inverse)
+    return torch.ops.fastib.generalized_conv_shift(on_device(x, target.device), heads, inverse)
 
 
 def same_bits(a, b):
@@ -65,9 +66,9 @@ def same_bits(a, b):
 
 def check(target, inputs, grad_out, heads):
     """Value and gradients by the two-fold rule; the floor is what 16 or 32 bits lose on the values between products."""
-    place = [t.to(target.device) for t in inputs]
+    place = [on_device(t, target.device) for t in inputs]
     actual = value_and_grads(
-        lambda *t: generalized_conv(*t, heads, backend=target.backend), place, grad_out.to(target.device)
+        lambda *t: generalized_conv(*t, heads, backend=target.backend), place, on_device(grad_out, target.device)
     )
     same = value_and_grads(lambda *t: generalized_conv_ref(*t, heads), inputs, grad_out)
     wide = [t.double() for t in inputs]

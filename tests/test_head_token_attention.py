@@ -4,7 +4,17 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import DTYPES, check_operator, expanded, max_error, packed, sliced, transposed_rows, value_and_grads
+from helpers import (
+    DTYPES,
+    check_operator,
+    expanded,
+    max_error,
+    on_device,
+    packed,
+    sliced,
+    transposed_rows,
+    value_and_grads,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,7 +85,7 @@ def steps(q, k, v, q_extra, k_extra, v_extra, dtype, round=lambda x: x, scale=No
 
 
 def check(target, inputs, grad_out, **options):
-    inputs, grad_out = [t.to(target.device) for t in inputs], grad_out.to(target.device)
+    inputs, grad_out = [on_device(t, target.device) for t in inputs], on_device(grad_out, target.device)
     check_operator(
         lambda *x: head_token_attention(*x, backend=target.backend, **options),
         lambda *x: head_token_attention_ref(*x, **options),

@@ -186,6 +186,7 @@ def test_interpreter(interpreted, case):
     check(interpreted[str(case)])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gpu(case):

@@ -268,18 +268,21 @@ def test_interpreter_masks(interpreted, cols, p):
     assert interpreted[f"bits-{cols}-{p}"]["equal"]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gpu(case):
     check(compare(case, "cuda"))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("name", "prefix"), HOSTILE_CASES)
 def test_gpu_hostile_parameters(name, prefix):
     check(compare_hostile(name, prefix, "cuda"))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("cols", "p"), BITS)
 def test_gpu_masks(cols, p):
