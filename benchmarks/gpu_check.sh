@@ -6,6 +6,7 @@
 # --dry-run  does what can be done without a GPU, in less time, so that the script itself can be tried.
 # PYTHON     the interpreter (python3)            OUT      where logs and results go (benchmarks/results)
 # LIMIT      seconds in all (530)                 WORKERS  test processes (three quarters of the cores, at most 12)
+# TESTS      what pytest is given (tests)         BENCH    the same of the benchmarks (benchmarks)
 # Where a command may take ten minutes: "build tests sanitizer" first, "bench report" in a second one.
 # A failing step does not stop the next one. The exit status is 0 where every step passed or had nothing to do.
 set -uo pipefail
@@ -14,6 +15,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
 LIMIT=${LIMIT:-530}
+TESTS=${TESTS:-tests}
+BENCH=${BENCH:-benchmarks}
 cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
 WORKERS=${WORKERS:-$((cores >= 16 ? 12 : cores >= 4 ? cores * 3 / 4 : 1))}
 
@@ -23,7 +26,7 @@ for argument in "$@"; do
   case $argument in
     --dry-run) dry_run=1 ;;
     build | tests | sanitizer | bench | report) steps+=("$argument") ;;
-    *) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+    *) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
   esac
 done
 [ ${#steps[@]} -gt 0 ] || steps=(build tests sanitizer bench report)
@@ -66,17 +69,22 @@ step() {
   return $status
 }
 
+# For the GPU at hand alone: nvcc takes as long again for each further architecture.
 build() {
-  step build 170 "$PYTHON" -m pip install --no-build-isolation --no-deps -e .
+  if [ $gpu -eq 1 ] && [ -z "${FASTIB_CUDA_ARCHS:-}" ]; then
+    FASTIB_CUDA_ARCHS=$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+    export FASTIB_CUDA_ARCHS
+  fi
+  command -v nvcc >/dev/null || PATH=$PATH:/usr/local/cuda/bin
+  step build 170 "$PYTHON" -m pip install --disable-pip-version-check --no-index --no-build-isolation --no-deps -e .
 }
 
 # The cases that need a GPU; all others, those of the interpreter and of machine code too, run in `make test`.
 tests() {
-  local parallel=() files
-  files=$(ls tests/test_*.py | grep -v -e _triton.py -e _cuda.py)
+  local parallel=()
   [ "$WORKERS" -gt 1 ] && has_module xdist && parallel=(-n "$WORKERS" --dist worksteal)
   OMP_NUM_THREADS=1 \
-    step tests "$1" "$PYTHON" -m pytest $files -k "triton or cuda or gpu" -q -rs --tb=short \
+    step tests "$1" "$PYTHON" -m pytest $TESTS -m gpu -q -rs --tb=short --durations=20 \
     --continue-on-collection-errors -p no:cacheprovider ${parallel[@]+"${parallel[@]}"}
 }
 
@@ -91,7 +99,8 @@ sanitizer() {
     elif ! command -v compute-sanitizer >/dev/null; then
       note "sanitizer $op" skipped 0 "no compute-sanitizer on the path"
     else
-      step "sanitizer $op" 60 compute-sanitizer --tool memcheck --error-exitcode 9 \
+      # Each tensor by itself: between those of the caching allocator an access out of bounds finds other tensors.
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "sanitizer $op" 100 compute-sanitizer --tool memcheck --error-exitcode 9 \
         "$PYTHON" -m benchmarks.small_case "$op"
     fi
   done
@@ -108,7 +117,7 @@ bench() {
   [ $dry_run -eq 1 ] && options+=(--quick -k "D16 and not memory or host")
   [ $gpu -eq 1 ] && options+=(--bench-seconds 0.5)  # a round is short there; building the compiled peers is not
   # A case that has begun is finished: what it may still take stays out of the budget.
-  step bench "$budget" "$PYTHON" -m pytest benchmarks "${options[@]}" --bench-budget $((budget > 120 ? budget - 40 : budget * 2 / 3))
+  step bench "$budget" "$PYTHON" -m pytest $BENCH "${options[@]}" --bench-budget $((budget > 120 ? budget - 40 : budget * 2 / 3))
 }
 
 report() {
@@ -142,11 +151,20 @@ if [ $gpu -eq 0 ]; then
   fi
 fi
 
+# Seconds that the steps after the tests keep: those of them that were asked for.
+kept=5
+for name in "${steps[@]}"; do
+  case $name in
+    sanitizer) kept=$((kept + 60)) ;;
+    bench) kept=$((kept + 180)) ;;
+    report) kept=$((kept + 10)) ;;
+  esac
+done
+
 for name in "${steps[@]}"; do
   case $name in
     build) build ;;
-    # The benchmarks and the report keep their share of the time.
-    tests) tests $(($(left) > 330 ? $(left) - 250 : $(left) / 2)) ;;
+    tests) tests $(($(left) > 2 * kept ? $(left) - kept : $(left) / 2)) ;;
     sanitizer) sanitizer ;;
     bench) bench $(($(left) > 40 ? $(left) - 20 : $(left))) ;;
     report) report ;;

@@ -194,6 +194,14 @@ def cpu_timer(step: Step) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+def backlog_cycles(host_us: Sequence[float]) -> int:
+    """Cycles to sleep while a step is enqueued: at about 2 GHz a millisecond, or twice its fastest enqueueing so far.
+
+    Not its slowest: one that compiles would make every later round wait as long.
+    """
+    return max(2_000_000, min(int(min(host_us, default=0.0) * 4e3), 100_000_000))
+
+
 class CudaTimer:
     """Milliseconds of one step by device events, with a cold L2.
 
@@ -204,13 +212,12 @@ class CudaTimer:
     def __init__(self, device: torch.device | str = "cuda"):
         self.flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
         self.host_us: dict[int, list[float]] = {}
-        self._cycles = 2_000_000
 
     def __call__(self, step: Step) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self.flush.zero_()
         if hasattr(torch.cuda, "_sleep"):
-            torch.cuda._sleep(self._cycles)
+            torch.cuda._sleep(backlog_cycles(self.host_us.get(id(step), ())))
         start.record()
         begun = time.perf_counter()
         step(False)
@@ -218,6 +225,4 @@ class CudaTimer:
         end.record()
         torch.cuda.synchronize()
         self.host_us.setdefault(id(step), []).append(host * 1e6)
-        # The next backlog outlasts the slowest enqueueing seen, at about 2 GHz.
-        self._cycles = max(self._cycles, min(int(host * 4e9), 100_000_000))
         return start.elapsed_time(end)

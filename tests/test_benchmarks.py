@@ -105,6 +105,13 @@ def test_gate_lets_right_peers_alone_be_timed():
     assert seen["wrong"].max_error == pytest.approx(0.5)
 
 
+def test_a_backlog_is_that_of_its_own_step():
+    """What one call took to compile makes no later one wait."""
+    assert harness.backlog_cycles([]) == harness.backlog_cycles([30.0]) == 2_000_000
+    assert harness.backlog_cycles([8e6, 2000.0, 2500.0]) == 8_000_000
+    assert harness.backlog_cycles([8e6]) == 100_000_000
+
+
 def test_rounds_are_interleaved_in_orders_drawn_anew():
     calls = []
     steps = {name: (lambda checking, name=name: calls.append(name)) for name in "abcd"}

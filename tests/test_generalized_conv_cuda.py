@@ -81,12 +81,13 @@ class TestOnGpu:
 
     def test_current_stream(self):
         x = image((8, 288, 28, 28), torch.float32, True).cuda()
-        with torch.cuda.stream(torch.cuda.Stream()) as stream:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
             late = torch.zeros_like(x)
             torch.cuda._sleep(20_000_000)
             late.copy_(x)
             out = torch.ops.fastib.generalized_conv_shift(late, 9, False)
-        torch.cuda.synchronize(stream)
+        stream.synchronize()
         assert torch.equal(out.cpu(), generalized_conv_shift_ref(x.cpu(), 9))
 
     @pytest.mark.parametrize("last", [False, True])
