@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from fastib._exporting import exporting
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_TOKENS, MAX_DIM, MAX_CHANNELS = 1 << 20, 256, 16384
 
@@ -58,4 +60,4 @@ def _above(size: int | torch.SymInt, limit: int) -> bool:
         return size > limit
     from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
-    return statically_known_true(size > limit) if torch.compiler.is_exporting() else guard_or_false(size > limit)
+    return statically_known_true(size > limit) if exporting() else guard_or_false(size > limit)

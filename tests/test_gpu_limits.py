@@ -40,11 +40,11 @@ CASES = [
 @pytest.mark.parametrize(("name", "shapes", "dtype", "reason"), CASES)
 def test_choice(monkeypatch, name, shapes, dtype, reason):
     op = _backend.OPS[name]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(op, "no_gpu_code", None)
     monkeypatch.setattr(op, "gpu_default", op.gpu)
     with FakeTensorMode():
         tensors = [torch.empty(shape, dtype=dtype, device="cuda:0") for shape in shapes]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         assert op.choose(None, *tensors) == (op.gpu if reason is None else "reference")
         if reason is None:
             assert op.choose(op.gpu, *tensors) == op.gpu

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastib import _gpu_limits as limits
+from fastib._exporting import exporting
 from fastib.ops import _backend
 from fastib.ops._backend import Op, below_autograd, check_device, check_finite, integer, invalid
 from fastib.reference.cls_attention import cls_attention_maps_ref
@@ -56,7 +57,7 @@ def cls_attention_maps(
     if _OP.choose(backend, k) == "reference":
         return cls_attention_maps_ref(q, k, num_prefix_tokens=num_prefix_tokens, scale=scale, over=over)
     # an exported program may train where the one that was traced did not
-    trains = (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)) or torch.compiler.is_exporting()
+    trains = (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)) or exporting()
     args = (q, k, num_prefix_tokens, scale, over == "all", not trains)
     if torch.compiler.is_compiling():
         probs = _forward(*args)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastib import _gpu_limits as limits
+from fastib._exporting import exporting
 from fastib.ops import _backend
 from fastib.ops._backend import Op, below_autograd, check_device, invalid
 from fastib.reference.feature_alignment import feature_alignment_loss_ref
@@ -63,7 +64,7 @@ def feature_alignment_loss(
     if _OP.choose(backend, student) == "reference":
         return feature_alignment_loss_ref(student, teacher, center=center, eps=eps, reduction=reduction)
     # an exported program may train where the one that was traced did not
-    trains = (torch.is_grad_enabled() and student.requires_grad) or torch.compiler.is_exporting()
+    trains = (torch.is_grad_enabled() and student.requires_grad) or exporting()
     args = (student, teacher, bool(center), float(eps), trains)
     if torch.compiler.is_compiling():
         loss = _forward(*args)[0]
