@@ -1,5 +1,7 @@
 """Fixtures of every operator's tests: where its kernels run, and memory that is poisoned before they do."""
 
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -30,11 +32,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
 
 
+GPU_FAULT = re.compile("illegal memory access|misaligned address|unspecified launch failure|illegal instruction")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Ends a pytest-xdist worker whose GPU has faulted: every later call of its process would fail, a new one's not."""
+    if "PYTEST_XDIST_WORKER" in os.environ and report.failed and GPU_FAULT.search(report.longreprtext):
+        os._exit(1)
+
+
 @pytest.fixture
 def target(request: pytest.FixtureRequest):
     """One place where kernels run, instruction set or GPU, forced for the test; skips, saying why, where it cannot."""
     target: Target = request.param
     reason = target.why_not()
+    if target.device == "cuda" and request.node.callspec.params.get("dtype") == torch.float64:
+        reason = "float64 on the GPU is the reference"
     if reason:
         pytest.skip(reason)
     with target.forced():

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from helpers import data_floor, max_error, packed, value_and_grads
+from helpers import data_floor, max_error, on_device, packed, value_and_grads
 
 from fastib.reference import attention_link_loss_ref, cls_attention_maps_ref
 
@@ -127,7 +127,7 @@ def compare(run, reference, tensors, device) -> dict:
     A gradient to a map, or to a channel's links, is in units of its largest element.
     """
     dtype = tensors[0].dtype
-    results = run(tuple(t if t is None else t.to(device) for t in tensors))
+    results = run(tuple(t if t is None else on_device(t, device) for t in tensors))
     wide = tuple(t.double() if t is not None and t.is_floating_point() else t for t in tensors)
     report = {}
     for i, (got, low, exact) in enumerate(zip(results, reference(tensors), reference(wide), strict=True)):

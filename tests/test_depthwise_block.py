@@ -79,11 +79,6 @@ def check(target: Target, inputs, grad_out, grid, statistics=None):
     )  # fmt: skip
 
 
-def skip_float64_on_gpu(target, dtype):
-    if target.device == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 on the GPU is the reference")
-
-
 def test_the_reference_is_its_formula():
     """By hand, number by number."""
     (x, gamma1, beta1, weight, bias, gamma2, beta2), _ = draw(2, (2, 3), 3, torch.float64)
@@ -110,7 +105,6 @@ def test_the_reference_is_its_formula():
 @pytest.mark.parametrize("evaluation", [False, True])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_grids(target, grid, evaluation, dtype):
-    skip_float64_on_gpu(target, dtype)
     inputs, grad_out = draw(11 if grid == (1, 1) else 3, grid, 20, dtype)
     check(target, inputs, grad_out, grid, constants(20, dtype) if evaluation else None)
 
@@ -119,7 +113,6 @@ def test_grids(target, grid, evaluation, dtype):
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_channels(target, channels, dtype):
     """Whole vectors and parts of them, several units, more than one group of images."""
-    skip_float64_on_gpu(target, dtype)
     check(target, *draw(9, (3, 4), channels, dtype), (3, 4))
 
 
@@ -172,7 +165,8 @@ def test_drawn(target, batch, rows, columns, channels, dtype, evaluation, seed):
 
 @pytest.mark.parametrize("evaluation", [False, True])
 def test_gradcheck(target, evaluation):
-    skip_float64_on_gpu(target, torch.float64)
+    if target.device == "cuda":
+        pytest.skip("float64 on the GPU is the reference")
     inputs, _ = draw(2, (2, 3), 3, torch.float64)
     statistics = constants(3, torch.float64) if evaluation else None
     torch.autograd.gradcheck(

@@ -9,7 +9,7 @@ import json
 
 import pytest
 import torch
-from helpers import data_floor, max_error, value_and_grads
+from helpers import data_floor, max_error, on_device, value_and_grads
 from test_depthwise_block import NAMES, constants, draw
 
 from fastib.reference import depthwise_block_ref
@@ -57,8 +57,8 @@ def compared(case, device) -> dict:
     def reference(*x):
         return depthwise_block_ref(*x, grid, statistics=None if statistics is None else statistics.to(x[1]))[0]
 
-    place = [t.to(device) for t in (*inputs, grad_out)]
-    results = run(case, place[:-1], place[-1], None if statistics is None else statistics.to(device))
+    place = [on_device(t, device) for t in (*inputs, grad_out)]
+    results = run(case, place[:-1], place[-1], None if statistics is None else on_device(statistics, device))
     low = value_and_grads(reference, inputs, grad_out)
     exact = value_and_grads(reference, [t.double() for t in inputs], grad_out.double())
     report = {}

@@ -9,7 +9,7 @@ import json
 
 import pytest
 import torch
-from helpers import data_floor, max_error, value_and_grads
+from helpers import data_floor, max_error, on_device, value_and_grads
 
 from fastib.reference import feature_alignment_loss_ref
 
@@ -62,7 +62,7 @@ def run_reference(case, student, teacher, grad):
 def compared(case, device) -> dict:
     """Largest error of each result and its limit: twice that of the same-precision reference, plus a floor."""
     tensors = inputs(case)
-    results = run(case, *(t.to(device) for t in tensors))
+    results = run(case, *(on_device(t, device) for t in tensors))
     report = {}
     wide = [t.double() for t in tensors]
     for i, (got, low, exact) in enumerate(

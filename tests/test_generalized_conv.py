@@ -131,8 +131,6 @@ def test_equals_a_convolution(target, heads, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_shift(target, layout, dtype):
     """Bit by bit, for every number of heads from 1 to 32, both ways, in any layout."""
-    if target.device == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 on the GPU is the reference")
     for heads in range(1, 33):
         dim = heads * (1, 8, 3)[heads % 3]
         x = LAYOUTS[layout](draw((2, dim, *((5, 6), (7, 4), (1, 9))[heads % 3]), dtype, heads))
@@ -144,8 +142,6 @@ def test_shift(target, layout, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_shift_sizes(target, size, dtype):
     """Images smaller than the window, rows of any length, heads of 1 to 64 channels."""
-    if target.device == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 on the GPU is the reference")
     for heads, width in ((9, 32), (6, 64), (25, 5), (4, 17), (32, 1), (1, 48)):
         x = draw((2, heads * width, *size), dtype)
         for order in (LAYOUTS["contiguous"], LAYOUTS["channels_last"]):
@@ -169,8 +165,6 @@ def test_the_inverse_is_the_gradient(target):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_values_and_gradients(target, layout, dtype):
     """The result has x's memory format."""
-    if target.device == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 on the GPU is the reference")
     for heads, dim, size in ((9, 72, (14, 14)), (6, 48, (7, 5)), (4, 16, (9, 8))):
         inputs, grad_out = problem(heads, dim, size, dtype)
         inputs[0], grad_out = LAYOUTS[layout](inputs[0]), LAYOUTS[layout](grad_out)

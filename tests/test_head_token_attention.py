@@ -96,8 +96,6 @@ def check(target, inputs, grad_out, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes(target, size, dtype):
-    if target.device == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 on the GPU is the reference")
     check(target, *draw(*size, dtype))
 
 

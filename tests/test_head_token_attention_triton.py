@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from helpers import data_floor, expanded, max_error, packed, sliced, transposed_rows
+from helpers import data_floor, expanded, max_error, on_device, packed, sliced, transposed_rows
 
 from fastib.reference.head_token_attention import head_token_attention_ref
 
@@ -102,7 +102,7 @@ def run_reference(case: Case, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.
 
 def run_kernels(case: Case, tensors: tuple[torch.Tensor, ...], device: str) -> tuple[torch.Tensor, ...]:
     """out, parts, stats and the six gradients of the Triton kernels."""
-    grad_out, *inputs = (t.to(device) if device != "cpu" else t for t in tensors)
+    grad_out, *inputs = (on_device(t, device) for t in tensors)
     options = torch.tensor([SEED], device=device), case.dim**-0.5 if case.scale is None else case.scale, case.attn
     out, parts, stats = head_token_attention.head_token_attention_fwd(*inputs, *options)
     grads = head_token_attention.head_token_attention_bwd(grad_out, *inputs, out, parts, stats, *options)

@@ -1,5 +1,6 @@
 """What the tests themselves rely on."""
 
+import os
 import re
 import subprocess
 import sys
@@ -42,3 +43,20 @@ def test_the_gpu_marker_selects_all_that_needs_one():
     ):
         assert any(f"tests/{name}" in line for line in chosen), name
     assert [line for line in others if re.search(r"\[(triton|cuda)\b|::TestOnGpu|::test_gpu|_gpu\b", line)] == []
+
+
+def test_a_fault_of_the_gpu_fails_one_test(tmp_path):
+    """The worker it happens in is replaced by one that goes on."""
+    pytest.importorskip("xdist")
+    code = """
+def test_before(): pass
+def test_fault(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_after(): pass
+"""
+    (tmp_path / "test_three.py").write_text(code)
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "conftest", "-c", os.devnull, "test_three.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    )
+    for expected in ("2 passed", "an illegal memory access", "worker 'gw0' crashed"):
+        assert expected in done.stdout, done.stdout

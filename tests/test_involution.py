@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DTYPES, kernel_targets, value_and_grads
+from helpers import DTYPES, kernel_targets, on_device, value_and_grads
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from involution_problem import LAYOUTS, NAMES, Problem, channels_last
@@ -17,11 +17,6 @@ from fastib.reference import involution_ref
 GPU = "cuda"
 sys.path.append(str(Path(__file__).parent.parent))  # the benchmarks are no installed package
 from benchmarks.memory import peak_extra_bytes  # noqa: E402
-
-
-def skip_float64_on_gpu(target, dtype):
-    if target.device == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 on the GPU is the reference")
 
 
 def test_the_reference_is_its_formula():
@@ -43,7 +38,6 @@ def test_the_reference_is_its_formula():
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7, 9])
 def test_values_and_gradients(target, kernel, stride, dilation, dtype, layout):
     """Odd sizes at stride 2 included, at which the well-known kernel reads beyond its weights."""
-    skip_float64_on_gpu(target, dtype)
     for size in ((13, 17), (8, 14)):
         problem = Problem(2, 32, 2, kernel, size, dtype, stride=stride, dilation=dilation, seed=kernel)
         x, weight, grad_out = LAYOUTS[layout](*problem.inputs, problem.grad_out)
@@ -66,7 +60,6 @@ def test_layers_of_rednet(target, channels, size, kernel, stride, dtype, layout)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_gradients_larger_than_a_cache(target, stride, dtype):
     """Written past the caches, from rows of odd length that begin anywhere in a line."""
-    skip_float64_on_gpu(target, dtype)
     Problem(3, 16, 16, 7, (67 * stride, 59 * stride), dtype, stride=stride).check(target)
 
 
@@ -98,12 +91,11 @@ def test_awkward_sizes(target, size, layout, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layouts(target, layout, dtype):
     """Slices, transposes, expanded tensors, gradients in any layout; the result has x's memory format."""
-    skip_float64_on_gpu(target, dtype)
     for stride in (1, 2):
         problem = Problem(3, 32, 2, 7, (9, 10), dtype, stride=stride)
         x, weight, grad_out = LAYOUTS[layout](*problem.inputs, problem.grad_out)
         problem.check(target, [x, weight], grad_out)
-        out = involution(x.to(target.device), weight.to(target.device), stride=stride, backend=target.backend)
+        out = involution(*(on_device(t, target.device) for t in (x, weight)), stride=stride, backend=target.backend)
         last = x.stride(1) == 1
         assert out.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
@@ -145,7 +137,6 @@ def test_sizes_of_zero(target, shape, stride):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_uninitialised_memory_is_never_read(target, poisoned_memory, layout, dtype):
     """Results of torch are full of NaN before, and the kernels' own scratch after a call on NaN."""
-    skip_float64_on_gpu(target, dtype)
     for stride in (1, 2):
         poison = Problem(2, 40, 2, 9, (30, 31), dtype, stride=stride)
         poison.inputs = [torch.full_like(t, torch.nan) for t in poison.inputs]
@@ -176,7 +167,6 @@ def test_nan_and_infinity_stay_where_they_belong(target, where, value, stride, d
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_same_bits_twice_and_with_any_thread_count(target, restored_threads, layout, dtype):
     """And for an image alone, in whatever batch it comes."""
-    skip_float64_on_gpu(target, dtype)
     problem = Problem(5, 32, 2, 7, (41, 30), dtype)
     x, weight, grad_out = LAYOUTS[layout](*problem.inputs, problem.grad_out)
     results = []
@@ -193,7 +183,8 @@ def test_same_bits_twice_and_with_any_thread_count(target, restored_threads, lay
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"dilation": 2}, {"stride": 2, "dilation": 2}, {"stride": 3}])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_gradcheck(target, options, layout):
-    skip_float64_on_gpu(target, torch.float64)
+    if target.device == "cuda":
+        pytest.skip("float64 on the GPU is the reference")
     problem = Problem(2, 4, 2, 3, (4, 5), torch.float64, **options)
     x, weight, _ = LAYOUTS[layout](*problem.inputs, problem.grad_out)
     inputs = [x.requires_grad_(), weight.requires_grad_()]

@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from helpers import data_floor, expanded, max_error, packed, sliced, transposed_rows
+from helpers import data_floor, expanded, max_error, on_device, packed, sliced, transposed_rows
 
 from fastib.reference.mhca_attention import RPE_STREAM, keep_factor, keep_mask, mhca_attention_ref, position_term
 
@@ -112,7 +112,7 @@ def run_reference(case: Case, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.
 
 def run_kernels(case: Case, tensors: tuple[torch.Tensor, ...], device: str) -> tuple[torch.Tensor, ...]:
     """out, stats and the five gradients of the Triton kernels."""
-    grad_out, *inputs = (t.to(device) if device != "cpu" else t for t in tensors)
+    grad_out, *inputs = (on_device(t, device) for t in tensors)
     scale = case.dim**-0.5 if case.scale is None else case.scale
     options = (torch.tensor([SEED], device=device), *case.grid, case.prefix, scale, case.rpe, case.attn)
     out, stats = mhca_attention.mhca_attention_fwd(*inputs, *options)
