@@ -104,8 +104,8 @@ def run_peer(request, house, benchmark):
         seen = house.replay(benchmark, job, peer)
         if seen.status == "ok":
             return
-        if seen.status == "wrong" and peer == job.peers[0].name:
-            pytest.fail(f"{peer}: {seen.reason}")
+        if peer == job.peers[0].name:  # ours
+            pytest.fail(f"{peer} is {seen.status}: {seen.reason}")
         pytest.skip(f"{peer} is {seen.status}: {seen.reason}")
 
     return run

@@ -56,7 +56,7 @@ step() {
   fi
   echo "== $name: $*" | tee -a "$log"
   # pytest answers an interrupt with the summary of what it has done.
-  timeout --signal=INT --kill-after=10 "$allowed" "$@" >>"$log" 2>&1
+  timeout --signal=INT --kill-after=20 "$allowed" "$@" >>"$log" 2>&1
   status=$?
   local last
   last=$(grep -a -v '^[[:space:]]*$' "$log" | tail -n 1 | cut -c 1-150)
