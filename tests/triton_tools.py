@@ -88,8 +88,8 @@ def launches_of(monkeypatch, kernels, run) -> list:
     return [(r.kernel, *launch) for r in recorders for launch in r.launches]
 
 
-def compile_launch(kernel, args, options: dict, capability: int) -> tuple[dict, str]:
-    """Resource usage and machine code of a launch, specialised as the launch would be."""
+def compile_ahead(kernel, args, options: dict, capability: int):
+    """What Triton makes of a launch, specialised as the launch would be."""
     names = dict(zip(kernel.arg_names, args, strict=False))
     launch = {name: value for name, value in options.items() if name not in kernel.arg_names}
     names |= {name: value for name, value in options.items() if name in kernel.arg_names}
@@ -107,7 +107,12 @@ def compile_launch(kernel, args, options: dict, capability: int) -> tuple[dict, 
         if isinstance(value, torch.Tensor) or (specialise and type(value) is int and value % 16 == 0):
             attributes[index,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
+
+
+def compile_launch(kernel, args, options: dict, capability: int) -> tuple[dict, str]:
+    """Resource usage and machine code of a launch."""
+    binary = compile_ahead(kernel, args, options, capability)
     tool = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
