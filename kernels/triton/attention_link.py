@@ -112,10 +112,10 @@ def attention_link_fwd_kernel(
         t = _teacher(target_ptr, stride_tc, c, start + lane, C, S)
         aa += a * a
         tt += t * t
-    a_norm = tl.sqrt(tl.sum(aa, 1))
-    a_factor = 1.0 / tl.where(a_norm < eps, eps, a_norm)
-    t_norm = tl.sqrt(tl.sum(tt, 1))
-    t_factor = 1.0 / tl.where(t_norm < eps, eps, t_norm)
+    a_norm = tl.sqrt_rn(tl.sum(aa, 1))
+    a_factor = tl.div_rn(1.0, tl.where(a_norm < eps, eps, a_norm))
+    t_norm = tl.sqrt_rn(tl.sum(tt, 1))
+    t_factor = tl.div_rn(1.0, tl.where(t_norm < eps, eps, t_norm))
     loss = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     along = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     for start in range(0, S, BLOCK_S):

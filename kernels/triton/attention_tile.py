@@ -87,6 +87,16 @@ def attn_bits(drop, i, start, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def score_tile(left, right, bias, scale_log2):
+    """Scores in units of log 2: left (L, D) times right (R, D), and `bias` (L, R) or None.
+
+    Rounded as one fused multiply-add, in every kernel: a compiler's own choice of what to fuse makes a large score of
+    the backward another one than that of the forward, and its exponential infinite.
+    """
+    return tl.fma(tl.dot(left, tl.trans(right), input_precision=PRECISION), scale_log2, 0.0 if bias is None else bias)
+
+
+@triton.jit
 def fwd_tile(
     state, qkv, bias, i, start, N, scale_log2, drop, ATTN: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr
 ):
@@ -99,9 +109,7 @@ def fwd_tile(
     q, k, v = qkv
     _, _, _, _, factor = drop
     lane = tl.arange(0, WIDTH)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-    if bias is not None:
-        s += bias
+    s = score_tile(q, k, bias, scale_log2)
     if not FULL:
         s = tl.where((start + lane)[None, :] < N, s, -float("inf"))
     m_new = tl.maximum(m, tl.max(s, 1))
@@ -126,9 +134,7 @@ def bwd_kv_tile(grads, kv, queries, bias, i, start_n, scale_log2, drop, ATTN: tl
     k, v = kv
     q, do, delta, top, log_sum = queries
     _, _, _, _, factor = drop
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
-    if bias is not None:
-        s += bias
+    s = score_tile(k, q, bias, scale_log2)
     p = tl.exp2(s - top[None, :] - log_sum[None, :])
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     p_kept = p
@@ -154,9 +160,7 @@ def bwd_q_tile(
     k, v = kv
     _, _, _, _, factor = drop
     lane = tl.arange(0, WIDTH)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-    if bias is not None:
-        s += bias
+    s = score_tile(q, k, bias, scale_log2)
     p = tl.exp2(s - top[:, None])
     if not FULL:
         p = tl.where((start + lane)[None, :] < N, p, 0.0)

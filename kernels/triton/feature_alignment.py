@@ -31,7 +31,8 @@ def _unit_tokens(
     if CENTER:
         for _ in tl.static_range(2):  # once more for what the first mean's rounding left
             x = tl.where(inside, x - (tl.sum(x, 1) / C)[:, None], 0.0)
-    factor = 1.0 / tl.sqrt(tl.sum(x * x, 1) + C * eps)
+    # not the approximate quotient: between tokens that are alike, the rounding of two factors is the distance
+    factor = tl.div_rn(1.0, tl.sqrt(tl.sum(x * x, 1) + C * eps))
     return x * factor[:, None], factor
 
 

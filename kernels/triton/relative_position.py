@@ -35,7 +35,7 @@ def head_position(alpha_ptr, center_ptr, h, rpe_factor):
     alpha = tl.load(alpha_ptr + h)
     c_y = tl.load(center_ptr + 2 * h)
     c_x = tl.load(center_ptr + 2 * h + 1)
-    center_sq = c_y * c_y + c_x * c_x
+    center_sq = tl.fma(c_y, c_y, c_x * c_x)
     finite = center_sq < float("inf")
     slope = tl.minimum(tl.maximum(-alpha * rpe_factor * LOG2E, -LARGEST), LARGEST)
     slope = tl.where(finite & (tl.abs(alpha) < float("inf")), slope, float("nan"))
@@ -52,7 +52,7 @@ def position_exponent(slope, y_i, x_i, y_j, x_j, center_sq, inside, MASKED: tl.c
     """
     u = y_j - y_i
     w = x_j - x_i
-    r = u * u + (w * w - center_sq)
+    r = tl.fma(u, u, tl.fma(w, w, -center_sq))  # fused alike in every kernel, as score_tile is
     bias = slope * r
     if MASKED:
         bias = tl.where(inside, bias, 0.0)
