@@ -22,39 +22,37 @@ CASES = {
 }
 
 
-def exponents(ptx: str) -> list[tuple[str, ...]]:
-    """Of each exponential what its argument is the difference of, and of a fused score the factors and the addend."""
+def scores(ptx: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Of each exponential of a score: the operation that gives its argument, and what the factors of the score are."""
     made = {}
     for operation, result, rest in re.findall(r"^\s*(?:@%\w+ )?([\w.]+)\s+(%\w+), (.*);$", ptx, re.MULTILINE):
         made[result] = operation.split(".")[0], [name.strip() for name in rest.split(",")]
 
-    def kind(name: str) -> str:
-        operation, names = made.get(name, ("constant", []))
-        squares = operation == "fma" and made.get(names[0], ("",))[0] == "sub"
-        return "distance" if squares else operation
+    def fused(name: str) -> list[list[str]]:
+        """Factors and addend of what a row's largest score is taken off."""
+        operation, names = made.get(name, ("", []))
+        if operation == "fma":
+            return [names]
+        return [each for part in names[: {"sub": 1, "selp": 2}.get(operation, 0)] for each in fused(part)]
 
-    found = []
-    for (argument,) in (names for operation, names in made.values() if operation == "ex2"):
-        operation, names = made.get(argument, ("", []))
-        path = [operation]
-        while operation in ("sub", "selp"):
-            operation, names = made.get(names[0], ("", []))
-        found.append((*path, *(kind(name) for name in names if operation == "fma")))
-    return found
+    def kind(name: str) -> str:
+        operation, names = made.get(name, ("", []))
+        return "distance" if operation == "fma" and made.get(names[0], ("",))[0] == "sub" else "other"
+
+    exponents = [names[0] for operation, names in made.values() if operation == "ex2"]
+    return [(made[name][0], tuple(map(kind, names[:2]))) for name in exponents for names in fused(name)]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_scores_are_rounded_alike(monkeypatch, tmp_path, name):
-    """The product and the position term are rounded to a score before its row's largest one is taken off, and never by
-    the fusing of a distance: a large score would differ between tiles, and between forward and backward."""
+    """A score is rounded before its row's largest one is taken off, and the position term before it is added to the
+    product: else a large score would differ between tiles, and between forward and backward."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     module, case = CASES[name]
     operator = getattr(module, module.__name__.removeprefix("test_").removesuffix("_triton"))
     monkeypatch.setattr(operator.config, "chip_of", lambda q: 9)
     launches = launches_of(monkeypatch, module.KERNELS, lambda: module.run_kernels(case, module.inputs_of(case), "cpu"))
     for kernel, args, options in launches[:2]:
-        found = exponents(compile_ahead(kernel, args, options, 90).asm["ptx"])
-        scores = [one for one in found if len(one) == 4]
-        assert scores, found
-        for difference, *factors, _ in scores:
-            assert difference == "sub" and "distance" not in factors
+        found = scores(compile_ahead(kernel, args, options, 90).asm["ptx"])
+        assert found and {operation for operation, _ in found} == {"sub"}, found
+        assert not any("distance" in factors for _, factors in found), found

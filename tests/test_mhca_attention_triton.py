@@ -316,6 +316,8 @@ def test_machine_code(monkeypatch, tmp_path, capability, case):
         assert usage["SHARED"] <= SHARED_LIMIT[capability], f"{kernel.__name__}: {usage}"
         if capability == 90 and case.dtype != torch.float32 and kernel.__name__.startswith("mhca_attention"):
             assert "HGMMA" in code, f"{kernel.__name__} does not use wgmma"
+            if case.dim <= 32 and not (case.rpe or case.attn):
+                assert usage["REG"] * options["num_warps"] * 32 * 3 <= 65536, f"two programs on a processor: {usage}"
 
 
 def test_shared_memory(monkeypatch, tmp_path):

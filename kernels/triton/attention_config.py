@@ -40,7 +40,7 @@ def forward_tile(chip: int, itemsize: int, tokens: int, dim: int, attn_dropout: 
     return Tile(rows, 64, 4, 2), 0
 
 
-def backward_tile(chip: int, itemsize: int, dim: int, attn_dropout: bool) -> Tile:
+def backward_tile(chip: int, itemsize: int, dim: int, attn_dropout: bool, rpe_dropout: bool = False) -> Tile:
     """Without spills up to a head dimension of 64; a few in 16 bits above."""
     if itemsize == 4:
         return Tile(32 if dim <= 32 else 16, 32, 8, 1, 255)
@@ -49,6 +49,8 @@ def backward_tile(chip: int, itemsize: int, dim: int, attn_dropout: bool) -> Til
     hopper = chip in (9, 10)
     if attn_dropout:
         return Tile(64, 32 if hopper and dim <= 32 else 16, 8, 1)
+    if hopper and dim <= 32 and not rpe_dropout:
+        return Tile(64, 32, 4, 2, 168)  # three programs on a processor; unasked, ptxas takes registers for two
     return Tile(64, 32, 4, 2) if hopper else Tile(64, 32, 8, 1)
 
 

@@ -90,8 +90,8 @@ def attn_bits(drop, i, start, WIDTH: tl.constexpr):
 def score_tile(left, right, bias, scale_log2):
     """Scores in units of log 2: left (L, D) times right (R, D), and `bias` (L, R) or None.
 
-    Rounded as one fused multiply-add, in every kernel: a compiler's own choice of what to fuse makes a large score of
-    the backward another one than that of the forward, and its exponential infinite.
+    Rounded as one fused multiply-add, in every kernel: by a compiler's own choice a large score of the backward is
+    another one than that of the forward, or than its row's largest one, and its exponential infinite.
     """
     return tl.fma(tl.dot(left, tl.trans(right), input_precision=PRECISION), scale_log2, 0.0 if bias is None else bias)
 

@@ -165,7 +165,7 @@ def head_token_attention_fwd_kernel(
             )
         tl.store(stats_ptr + row, m, mask=row < tokens)
         tl.store(stats_ptr + tokens + row, tl.log2(norm), mask=row < tokens)
-        out = acc * tl.div_rn(1.0, norm)[:, None]
+        out = acc * (1.0 / norm)[:, None]
         if EXTRA:  # noqa: SIM102
             if start_m == 0:  # the extra tokens and row 0, which is row T here
                 store_at(row_pointers(parts_ptr, 0, BLOCK_M, D, BLOCK_D), out, row <= T, D, BLOCK_D)

@@ -135,7 +135,7 @@ def mhca_attention_fwd_kernel(
             acc, m, norm = _fwd_step(
                 (acc, m, norm), qkv, rows, i, full + zero, N, scale_log2, drop, P, RPE, ATTN, TAIL, False, P > 0
             )
-        store_rows(out_ptr, start_m, BLOCK_M, H * D, acc * tl.div_rn(1.0, norm)[:, None], N, D, BLOCK_D)
+        store_rows(out_ptr, start_m, BLOCK_M, H * D, acc * (1.0 / norm)[:, None], N, D, BLOCK_D)
         tl.store(stats_ptr + 2 * bh * N + i, m, mask=i < N)
         tl.store(stats_ptr + (2 * bh + 1) * N + i, tl.log2(norm), mask=i < N)
 
@@ -348,7 +348,7 @@ def mhca_attention_bwd(
     do, q, k, v, out = (config.dense_rows(x) for x in (grad_out, q, k, v, out))
     alpha, stats = alpha.contiguous(), stats.contiguous()
     dim = config.block_dim(D)
-    tile = config.backward_tile(config.chip_of(q), q.element_size(), dim, attn_dropout > 0)
+    tile = config.backward_tile(config.chip_of(q), q.element_size(), dim, attn_dropout > 0, rpe_dropout > 0)
     rpe_threshold, rpe_factor = threshold_and_factor(rpe_dropout)
     attn_threshold, attn_factor = threshold_and_factor(attn_dropout)
     blocks = -(-N // tile.block_m)
