@@ -71,6 +71,56 @@ def test_forward_mode(name):
         torch.func.jvp(lambda *x: function(*x, backend="cpu"), tuple(inputs), tangents)
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+def test_transforms(name):
+    """Under torch.func it is the reference that runs, with all its rules; a kernel that is asked for says why not."""
+    function, inputs = OPERATORS[name]
+
+    def loss(*x, **options):
+        return function(*x, **options).square().sum()
+
+    every = tuple(range(len(inputs)))
+    plain = leaves(inputs)
+    exact = torch.autograd.grad(loss(*plain, backend="reference"), plain)
+    per_sample = torch.func.vmap(torch.func.grad(loss, every))(*(torch.stack((t, 2 * t)) for t in inputs))
+    double = [(2 * t).detach().requires_grad_() for t in inputs]
+    exact_double = torch.autograd.grad(loss(*double, backend="reference"), double)
+    for i, gradient in enumerate(torch.func.grad(loss, every)(*inputs)):
+        torch.testing.assert_close(gradient, exact[i], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(per_sample[i], torch.stack((exact[i], exact_double[i])), rtol=1e-10, atol=1e-12)
+    jacobian = torch.func.jacrev(function)(*inputs)
+    pulled = torch.tensordot(2 * function(*inputs), jacobian, dims=function(*inputs).dim())
+    torch.testing.assert_close(pulled, exact[0], rtol=1e-10, atol=1e-12)
+    with pytest.raises(RuntimeError, match="'cpu' is not available: it has no rules for the transforms"):
+        torch.func.grad(loss)(*inputs, backend="cpu")
+
+
+def test_a_gradient_by_transform_compiles():
+    torch._dynamo.reset()
+    function, inputs = OPERATORS["mhca"]
+    gradient = torch.func.grad(lambda *x: function(*x).square().sum(), (0, 3))
+    for actual, expected in zip(torch.compile(gradient, fullgraph=True)(*inputs), gradient(*inputs), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_per_sample_gradients_of_a_module():
+    """As the tutorials of torch.func compute them."""
+    torch.manual_seed(0)
+    module = MHCA(12, 3, (3, 4), rpe_drop=0.0, dtype=torch.float64)
+    parameters = dict(module.named_parameters())
+    (images,) = normal((4, 13, 12))
+
+    def loss(parameters, image):
+        return torch.func.functional_call(module, parameters, (image[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, images)
+    for i, image in enumerate(images):
+        module.zero_grad()
+        module(image[None]).square().sum().backward()
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(found[name][i], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ONCE)
 def test_second_derivatives_are_refused(name):
     """Wherever one would count; the first, with a graph of it, is the same."""

@@ -74,11 +74,11 @@ class Op:
         """The backend that runs inputs like these. Raises RuntimeError where the one asked for cannot.
 
         Where none is asked for, what the GPU kernels do not take goes to the reference; and everything does under
-        forward-mode AD, as it alone has that derivative.
+        forward-mode AD and the transforms of `torch.func`, as it alone has that derivative and their rules.
         """
-        forward_mode = forward_ad._current_level >= 0
+        missing = self._missing_rule()
         if backend is None:
-            if forward_mode:
+            if missing is not None:
                 return "reference"
             if x.is_cpu:
                 if self.cpu_default == "reference" and not torch.compiler.is_compiling():
@@ -88,8 +88,8 @@ class Op:
         if backend not in BACKENDS:
             raise ValueError(f"{self.name}: backend must be None or one of {BACKENDS}, got {backend!r}")
         reason = self.why_not(backend)
-        if forward_mode and backend != "reference":
-            reason = "it has no forward-mode derivative"
+        if missing is not None and backend != "reference":
+            reason = missing
         if reason is None and backend != "reference":
             device = "cpu" if backend == "cpu" else "cuda"
             if x.device.type != device:
@@ -102,6 +102,15 @@ class Op:
                 "Pass backend=None to choose one that is, or backend='reference' for plain PyTorch."
             )
         return backend
+
+    @staticmethod
+    def _missing_rule() -> str | None:
+        """What the kernels do not have that is asked for here; None where nothing is."""
+        if forward_ad._current_level >= 0:
+            return "it has no forward-mode derivative"
+        if torch._C._are_functorch_transforms_active():
+            return "it has no rules for the transforms of torch.func (grad, vjp, vmap, ...)"
+        return None
 
 
 def backends() -> dict[str, dict[str, bool | str]]:
