@@ -1,12 +1,10 @@
-"""What every operator shares: the choice of a backend, registration in `torch.ops.fastib`, seeds and error messages."""
+"""What every operator shares: the choice of a backend, and registration in `torch.ops.fastib`."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
-import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +14,8 @@ from torch.autograd import forward_ad
 
 from fastib import _gpu_limits as limits
 from fastib import _native
-from fastib.reference.philox import draw_seed
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
-DTYPES = (*limits.DTYPES, torch.float64)
 LIBRARY = torch.library.Library("fastib", "FRAGMENT")
 OPS: dict[str, Op] = {}
 
@@ -212,16 +208,6 @@ def _no_second_derivative(op: str) -> RuntimeError:
     return RuntimeError(f"{op}: the kernels have no second derivative; pass backend='reference'")
 
 
-def autocast(*tensors: Any) -> Any:
-    """The tensors in the autocast dtype where autocast is on; float64 stays, as in PyTorch, and so does None."""
-    device = "cpu" if tensors[0].is_cpu else "cuda"
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    kept = (t is None or t.dtype == torch.float64 or not t.is_floating_point() for t in tensors)
-    return tuple(t if keep else t.to(dtype) for t, keep in zip(tensors, kept, strict=True))
-
-
 def channels_last(x: Tensor) -> bool:
     """Whether the kernels take a (B, C, rows, columns) image for channels_last."""
     return x.stride(1) == 1 and x.stride(3) != 1
@@ -233,67 +219,3 @@ def empty_image(x: Tensor, rows: int, columns: int) -> Tensor:
     if channels_last(x):
         return x.new_empty((batch, rows, columns, channels)).permute(0, 3, 1, 2)
     return x.new_empty((batch, channels, rows, columns))
-
-
-def seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """The seed as a one-element int64 tensor on `device`; drawn from torch's generator where it is None."""
-    if seed is None:
-        return draw_seed(device)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise invalid(op, "seed", "one int64 element", f"{seed.dtype} {tuple(seed.shape)}")
-        check_device(op, "seed", seed, device)
-        return seed
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise invalid(op, "seed", "None, an int or a one-element int64 tensor", repr(seed))
-    seed = integer(op, "seed", seed, -(2**63))
-    if seed >= 2**63:
-        raise invalid(op, "seed", "a 64-bit signed integer", seed)
-    return torch.full((1,), seed, dtype=torch.int64, device=device)
-
-
-def invalid(op: str, argument: str, expected: object, got: object) -> ValueError:
-    """The error for a wrong shape, dtype or range."""
-    return ValueError(f"{op}: {argument} must be {expected}, got {got}")
-
-
-def check_device(op: str, argument: str, tensor: Tensor, device: torch.device) -> None:
-    """Raises RuntimeError where `tensor` is not on `device`."""
-    if tensor.device != device:
-        raise RuntimeError(f"{op}: {argument} must be on {device} like the other inputs, got {tensor.device}")
-
-
-def check_probability(op: str, argument: str, p: float) -> None:
-    """Raises ValueError where `p` is not a probability."""
-    try:
-        valid = 0.0 <= p <= 1.0
-    except TypeError:
-        valid = False
-    if not valid:
-        raise invalid(op, argument, "a probability in [0, 1]", repr(p))
-
-
-def check_finite(op: str, argument: str, x: float) -> None:
-    """Raises ValueError where `x` is not a finite number. A compiler may know it as a symbol alone."""
-    if torch.compiler.is_compiling():
-        return
-    try:
-        valid = math.isfinite(x)
-    except (TypeError, OverflowError):
-        valid = False
-    if not valid:
-        raise invalid(op, argument, "a finite number", repr(x))
-
-
-def integer(op: str, argument: str, n: Any, lowest: int = 0) -> int:
-    """`n` as an int. Raises ValueError where it is none, a bool, or below `lowest`."""
-    if isinstance(n, bool):
-        raise invalid(op, argument, "an int", n)
-    if not isinstance(n, (int, torch.SymInt)):
-        try:
-            n = operator.index(n)
-        except TypeError:
-            raise invalid(op, argument, "an int", repr(n)) from None
-    if n < lowest:
-        raise invalid(op, argument, f"{lowest} or more", n)
-    return n

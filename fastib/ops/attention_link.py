@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from fastib.ops import _backend
-from fastib.ops._backend import Op, below_autograd, check_device, invalid
+from fastib.ops._arguments import (
+    autocast,
+    check_device,
+    check_dtype,
+    check_finite,
+    check_optional,
+    check_tensors,
+    invalid,
+)
+from fastib.ops._backend import Op, below_autograd
 from fastib.reference.attention_link import attention_link_loss_ref, augment_attention_ref
 
 _NAME = "attention_link_loss"
@@ -51,11 +60,12 @@ def attention_link_loss(
     Raises ValueError for a wrong shape, dtype or range or a target that requires grad, RuntimeError for a device or
     backend that does not fit.
     """
-    attn, target = _backend.autocast(attn, target)
+    check_tensors(_NAME, attn=attn, weight=weight, bias=bias, target=target)
+    attn, target = autocast(attn, target)
     _check(attn, weight, bias, mask, target=target)
     if reduction not in ("mean", "sum", "none"):
         raise invalid(_NAME, "reduction", "'mean', 'sum' or 'none'", repr(reduction))
-    _backend.check_finite(_NAME, "eps", eps)
+    check_finite(_NAME, "eps", eps)
     if eps < 0:
         raise invalid(_NAME, "eps", "not negative", eps)
     if _OP.choose(backend, attn) == "reference":
@@ -81,13 +91,15 @@ def augment_attention(attn: Tensor, weight: Tensor, bias: Tensor, *, mask: Tenso
 
     Arguments and errors as for `attention_link_loss`. Plain PyTorch.
     """
-    (attn,) = _backend.autocast(attn)
+    check_tensors(_NAME, attn=attn, weight=weight, bias=bias)
+    (attn,) = autocast(attn)
     _check(attn, weight, bias, mask)
     return augment_attention_ref(attn, weight, bias, mask)
 
 
 def _check(attn: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, **target: Tensor) -> None:
     """target: where the function takes one."""
+    check_optional(_NAME, mask=mask)
     if attn.dim() != 3:
         raise invalid(_NAME, "attn", "of shape (B, M, S)", tuple(attn.shape))
     batch, maps, positions = attn.shape
@@ -97,10 +109,9 @@ def _check(attn: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, **ta
     shapes = {"bias": (channels,), "mask": (channels, maps), "target": (batch, channels, positions)}
     others = {"bias": bias, **target} if mask is None else {"bias": bias, "mask": mask, **target}
     for name, tensor in others.items():
-        if tensor is None or tensor.shape != shapes[name]:
-            raise invalid(_NAME, name, f"of shape {shapes[name]}", None if tensor is None else tuple(tensor.shape))
-    if attn.dtype not in _backend.DTYPES:
-        raise invalid(_NAME, "attn", "float32, bfloat16, float16 or float64", attn.dtype)
+        if tensor.shape != shapes[name]:
+            raise invalid(_NAME, name, f"of shape {shapes[name]}", tuple(tensor.shape))
+    check_dtype(_NAME, "attn", attn)
     for name, tensor in {"weight": weight, "bias": bias}.items():
         if not tensor.is_floating_point():
             raise invalid(_NAME, name, "floating point", tensor.dtype)

@@ -10,7 +10,8 @@ from torch import Tensor
 from fastib import _gpu_limits as limits
 from fastib._exporting import exporting
 from fastib.ops import _backend
-from fastib.ops._backend import Op, below_autograd, check_device, check_finite, integer, invalid
+from fastib.ops._arguments import autocast, check_device, check_dtype, check_finite, check_tensors, integer, invalid
+from fastib.ops._backend import Op, below_autograd
 from fastib.reference.cls_attention import cls_attention_maps_ref
 
 _NAME = "cls_attention_maps"
@@ -45,7 +46,8 @@ def cls_attention_maps(
 
     Raises ValueError for a wrong shape, dtype or range, RuntimeError for a device or backend that does not fit.
     """
-    q, k = _backend.autocast(q, k)
+    check_tensors(_NAME, q=q, k=k)
+    q, k = autocast(q, k)
     num_prefix_tokens = integer(_NAME, "num_prefix_tokens", num_prefix_tokens)
     _check(q, k, num_prefix_tokens)
     if scale is None:
@@ -77,8 +79,7 @@ def _check(q: Tensor, k: Tensor, num_prefix_tokens: int) -> None:
     B, H, N, D = shape
     if q.shape != (B, H, D):
         raise invalid(_NAME, "q", f"of shape {(B, H, D)}, as k is {tuple(shape)}", tuple(q.shape))
-    if dtype not in _backend.DTYPES:
-        raise invalid(_NAME, "q", "float32, bfloat16, float16 or float64", dtype)
+    check_dtype(_NAME, "q", q)
     if k.dtype != dtype:
         raise invalid(_NAME, "k", f"{dtype} like q", k.dtype)
     check_device(_NAME, "k", k, q.device)

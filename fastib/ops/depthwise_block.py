@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from fastib.ops import _backend
-from fastib.ops._backend import Op, autocast, below_autograd, check_device, check_finite, integer, invalid
+from fastib.ops._arguments import (
+    autocast,
+    check_device,
+    check_dtype,
+    check_finite,
+    check_optional,
+    check_tensors,
+    grid,
+    invalid,
+)
+from fastib.ops._backend import Op, below_autograd
 from fastib.reference.depthwise_block import depthwise_block_ref
 
 _NAME = "depthwise_block"
@@ -56,8 +66,10 @@ def depthwise_block(
     Raises ValueError for shapes, dtypes and numbers that do not fit, and for an x without elements whose statistics are
     asked for, RuntimeError for devices that differ and a backend that is not available; both name the argument.
     """
+    check_tensors(_NAME, x=x, gamma1=gamma1, beta1=beta1, weight=weight, bias=bias, gamma2=gamma2, beta2=beta2)
+    check_optional(_NAME, statistics=statistics)
     (x,) = autocast(x)
-    grid_h, grid_w = _check_grid(grid_size)
+    grid_h, grid_w = grid(_NAME, grid_size)
     _check_tensors(x, gamma1, beta1, weight, bias, gamma2, beta2, statistics, grid_h * grid_w)
     if not isinstance(eps, tuple) or len(eps) != 2:
         raise invalid(_NAME, "eps", "a pair of numbers", repr(eps))
@@ -80,23 +92,13 @@ def depthwise_block(
         return _forward(*args)
 
 
-def _check_grid(grid_size: int | tuple[int, int]) -> tuple[int, int]:
-    try:
-        grid_h, grid_w = (grid_size, grid_size) if hasattr(grid_size, "__index__") else grid_size
-        return integer(_NAME, "grid_size", grid_h), integer(_NAME, "grid_size", grid_w)
-    except (TypeError, ValueError):
-        expected = "an int or a pair (grid_h, grid_w) of ints, none negative"
-        raise invalid(_NAME, "grid_size", expected, repr(grid_size)) from None
-
-
 def _check_tensors(
     x: Tensor, gamma1: Tensor, beta1: Tensor, weight: Tensor, bias: Tensor, gamma2: Tensor, beta2: Tensor,
     statistics: Tensor | None, places: int,
 ) -> None:  # fmt: skip
     if x.dim() != 3:
         raise invalid(_NAME, "x", "of shape (B, P, C)", tuple(x.shape))
-    if x.dtype not in _backend.DTYPES:
-        raise invalid(_NAME, "x", "float32, bfloat16, float16 or float64", x.dtype)
+    check_dtype(_NAME, "x", x)
     if x.shape[1] != places:
         raise invalid(_NAME, "x", f"of P={places} places, those of grid_size", f"P={x.shape[1]}")
     channels = x.shape[2]

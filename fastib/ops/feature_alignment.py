@@ -10,7 +10,8 @@ from torch import Tensor
 from fastib import _gpu_limits as limits
 from fastib._exporting import exporting
 from fastib.ops import _backend
-from fastib.ops._backend import Op, below_autograd, check_device, invalid
+from fastib.ops._arguments import check_device, check_dtype, check_finite, check_tensors, invalid
+from fastib.ops._backend import Op, below_autograd
 from fastib.reference.feature_alignment import feature_alignment_loss_ref
 
 _NAME = "feature_alignment_loss"
@@ -52,13 +53,14 @@ def feature_alignment_loss(
     Raises ValueError for a wrong shape, dtype or range or a teacher that requires grad, RuntimeError for a device or
     backend that does not fit.
     """
+    check_tensors(_NAME, student=student, teacher=teacher)
     if student.dtype != teacher.dtype and torch.is_autocast_enabled(student.device.type):
         wide = torch.promote_types(student.dtype, teacher.dtype)
         student, teacher = student.to(wide), teacher.to(wide)
     _check(student, teacher)
     if reduction not in ("mean", "sum", "none"):
         raise invalid(_NAME, "reduction", "'mean', 'sum' or 'none'", repr(reduction))
-    _backend.check_finite(_NAME, "eps", eps)
+    check_finite(_NAME, "eps", eps)
     if eps < 0:
         raise invalid(_NAME, "eps", "not negative", eps)
     if _OP.choose(backend, student) == "reference":
@@ -88,8 +90,7 @@ def _check(student: Tensor, teacher: Tensor) -> None:
     if long % short if short else long:
         expected = f"of a length that divides the student's {tokens} tokens, or is a multiple of it"
         raise invalid(_NAME, "teacher", expected, teacher.shape[1])
-    if student.dtype not in _backend.DTYPES:
-        raise invalid(_NAME, "student", "float32, bfloat16, float16 or float64", student.dtype)
+    check_dtype(_NAME, "student", student)
     if teacher.dtype != student.dtype:
         raise invalid(_NAME, "teacher", f"{student.dtype} like student", teacher.dtype)
     if teacher.requires_grad:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastib.ops import _backend
-from fastib.ops._backend import Op, below_autograd, check_device, invalid
+from fastib.ops._arguments import autocast, check_device, check_dtype, check_optional, check_tensors, integer, invalid
+from fastib.ops._backend import Op, below_autograd
 from fastib.reference.generalized_conv import generalized_conv_ref
 
 _NAME, _SHIFT = "generalized_conv", "generalized_conv_shift"
@@ -47,8 +48,10 @@ def generalized_conv(
 
     Raises ValueError for a wrong shape, dtype or range, RuntimeError for a device or backend that does not fit.
     """
-    x, w_v, w_o, bias = _backend.autocast(x, w_v, w_o, bias)
-    num_heads = _backend.integer(_NAME, "num_heads", num_heads, lowest=1)
+    check_tensors(_NAME, x=x, w_v=w_v, w_o=w_o)
+    check_optional(_NAME, bias=bias)
+    x, w_v, w_o, bias = autocast(x, w_v, w_o, bias)
+    num_heads = integer(_NAME, "num_heads", num_heads, lowest=1)
     _check(x, w_v, w_o, bias, num_heads)
     if _OP.choose(backend, x) == "reference":
         return generalized_conv_ref(x, w_v, w_o, bias, num_heads)
@@ -94,8 +97,7 @@ def _check(x: Tensor, w_v: Tensor, w_o: Tensor, bias: Tensor | None, num_heads: 
         raise invalid(_NAME, "w_o", f"of shape (O, M={w_v.shape[0]})", tuple(w_o.shape))
     if bias is not None and bias.shape != w_o.shape[:1]:
         raise invalid(_NAME, "bias", f"None or of shape ({w_o.shape[0]},)", tuple(bias.shape))
-    if x.dtype not in _backend.DTYPES:
-        raise invalid(_NAME, "x", "float32, bfloat16, float16 or float64", x.dtype)
+    check_dtype(_NAME, "x", x)
     for name, tensor in {"w_v": w_v, "w_o": w_o, "bias": bias}.items():
         if tensor is None:
             continue

@@ -9,15 +9,17 @@ from torch import Tensor
 
 from fastib import _gpu_limits as limits
 from fastib.ops import _backend
-from fastib.ops._backend import (
-    Op,
-    below_autograd,
+from fastib.ops._arguments import (
+    autocast,
     check_device,
+    check_dtype,
     check_finite,
     check_probability,
+    check_tensors,
     invalid,
     seed_tensor,
 )
+from fastib.ops._backend import Op, below_autograd
 from fastib.reference.head_token_attention import head_token_attention_ref
 
 _NAME = "head_token_attention"
@@ -62,7 +64,8 @@ def head_token_attention(
     Differentiable once, in all six; "reference" any number of times. Raises ValueError for shapes, dtypes and numbers
     that do not fit, RuntimeError for devices that differ and a backend that is not available; both name the argument.
     """
-    q, k, v, q_extra, k_extra, v_extra = inputs = _backend.autocast(q, k, v, q_extra, k_extra, v_extra)
+    check_tensors(_NAME, q=q, k=k, v=v, q_extra=q_extra, k_extra=k_extra, v_extra=v_extra)
+    q, k, v, q_extra, k_extra, v_extra = inputs = autocast(q, k, v, q_extra, k_extra, v_extra)
     _check_tensors(q, k, v, q_extra, k_extra, v_extra)
     check_probability(_NAME, "attn_dropout", attn_dropout)
     if scale is None:
@@ -86,8 +89,7 @@ def head_token_attention(
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, q_extra: Tensor, k_extra: Tensor, v_extra: Tensor) -> None:
     if q.dim() != 4:
         raise invalid(_NAME, "q", "of shape (B, H, N, D)", tuple(q.shape))
-    if q.dtype not in _backend.DTYPES:
-        raise invalid(_NAME, "q", "float32, bfloat16, float16 or float64", q.dtype)
+    check_dtype(_NAME, "q", q)
     batch, heads, _, head_dim = q.shape
     if q_extra.dim() != 4 or q_extra.shape[:2] != (batch, heads) or q_extra.shape[3] != head_dim:
         expected = f"of shape ({batch}, {heads}, T, {head_dim}), as q is {tuple(q.shape)}"

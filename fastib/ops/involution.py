@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastib.ops import _backend
-from fastib.ops._backend import Op, below_autograd, check_device, integer, invalid
+from fastib.ops._arguments import autocast, check_device, check_dtype, check_tensors, integer, invalid
+from fastib.ops._backend import Op, below_autograd
 from fastib.reference.involution import involution_ref
 
 _NAME = "involution"
@@ -38,7 +39,8 @@ def involution(x: Tensor, weight: Tensor, *, stride: int = 1, dilation: int = 1,
 
     Raises ValueError for a wrong shape, dtype or range, RuntimeError for a device or backend that does not fit.
     """
-    x, weight = _backend.autocast(x, weight)
+    check_tensors(_NAME, x=x, weight=weight)
+    x, weight = autocast(x, weight)
     stride, dilation = _step("stride", stride), _step("dilation", dilation)
     _check(x, weight, stride)
     if _OP.choose(backend, x) == "reference":
@@ -75,8 +77,7 @@ def _check(x: Tensor, weight: Tensor, stride: int) -> None:
         raise invalid(_NAME, "weight", "of an odd K", f"K={kernel}")
     if channels % groups if groups else channels:
         raise invalid(_NAME, "x", f"of C channels, a multiple of weight's G={groups} groups", f"C={channels}")
-    if x.dtype not in _backend.DTYPES:
-        raise invalid(_NAME, "x", "float32, bfloat16, float16 or float64", x.dtype)
+    check_dtype(_NAME, "x", x)
     if weight.dtype != x.dtype:
         raise invalid(_NAME, "weight", f"{x.dtype} like x", weight.dtype)
     check_device(_NAME, "weight", weight, x.device)

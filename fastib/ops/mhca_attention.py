@@ -9,16 +9,19 @@ from torch import Tensor
 
 from fastib import _gpu_limits as limits
 from fastib.ops import _backend
-from fastib.ops._backend import (
-    Op,
-    below_autograd,
+from fastib.ops._arguments import (
+    autocast,
     check_device,
+    check_dtype,
     check_finite,
     check_probability,
+    check_tensors,
+    grid,
     integer,
     invalid,
     seed_tensor,
 )
+from fastib.ops._backend import Op, below_autograd
 from fastib.reference.mhca_attention import mhca_attention_ref
 
 _NAME = "mhca_attention"
@@ -73,8 +76,9 @@ def mhca_attention(
 
     Raises ValueError for a wrong shape, dtype or range, RuntimeError for a device or backend that does not fit.
     """
-    q, k, v = _backend.autocast(q, k, v)
-    grid_h, grid_w = _check_grid(grid_size)
+    check_tensors(_NAME, q=q, k=k, v=v, alpha=alpha, center=center)
+    q, k, v = autocast(q, k, v)
+    grid_h, grid_w = grid(_NAME, grid_size)
     num_prefix_tokens = integer(_NAME, "num_prefix_tokens", num_prefix_tokens)
     _check_tensors(q, k, v, alpha, center, grid_h, grid_w, num_prefix_tokens)
     check_probability(_NAME, "rpe_dropout", rpe_dropout)
@@ -108,15 +112,6 @@ def mhca_attention(
         return _forward(*args)[0]
 
 
-def _check_grid(grid_size: int | tuple[int, int]) -> tuple[int, int]:
-    try:
-        grid_h, grid_w = (grid_size, grid_size) if hasattr(grid_size, "__index__") else grid_size
-        return integer(_NAME, "grid_size", grid_h), integer(_NAME, "grid_size", grid_w)
-    except (TypeError, ValueError):
-        expected = "an int or a pair (grid_h, grid_w) of ints, none negative"
-        raise invalid(_NAME, "grid_size", expected, repr(grid_size)) from None
-
-
 def _check_tensors(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, center: Tensor, grid_h: int, grid_w: int, num_prefix_tokens: int
 ) -> None:
@@ -128,8 +123,7 @@ def _check_tensors(
         for name, (tensor, size) in expected.items():
             if tensor.shape != size:
                 raise invalid(_NAME, name, f"of shape {tuple(size)}, as q is {tuple(shape)}", tuple(tensor.shape))
-    if dtype not in _backend.DTYPES:
-        raise invalid(_NAME, "q", "float32, bfloat16, float16 or float64", dtype)
+    check_dtype(_NAME, "q", q)
     if k.dtype != dtype:
         raise invalid(_NAME, "k", f"{dtype} like q", k.dtype)
     if v.dtype != dtype:
