@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from helpers import (
     DTYPES,
     Target,
+    assert_twofold,
     check_operator,
     expanded,
     max_error,
@@ -131,6 +132,18 @@ def test_statistics_of_the_batch(target, dtype):
     given_back = depthwise_block(*x, (4, 5), statistics=used, backend=target.backend)
     assert torch.equal(given_back[1], used)
     torch.testing.assert_close(given_back[0], depthwise_block(*x, (4, 5), backend=target.backend)[0])
+
+
+def test_maps_that_are_constant(target):
+    """The mean of 196 equal numbers is that number; what a sum of them loses would be all that the norm divides."""
+    (x, *parameters), _ = draw(4, (14, 14), 20, torch.float32)
+    x = x[:1, :1].expand(x.shape)
+    run = [t.to(target.device) for t in (x, *parameters)]
+    out, used = depthwise_block(*run, (14, 14), backend=target.backend)
+    same_out, same_used = depthwise_block_ref(x, *parameters, (14, 14))
+    exact_out, exact_used = depthwise_block_ref(x.double(), *(p.double() for p in parameters), (14, 14))
+    assert_twofold(used[0], same_used[0], exact_used[0], torch.float32, name="mean")
+    assert_twofold(out, same_out, exact_out, torch.float32, name="value")
 
 
 @pytest.mark.parametrize("layout", ["sliced", "columns", "expanded", "grad_expanded", "channels_first"])

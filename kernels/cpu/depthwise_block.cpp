@@ -146,18 +146,22 @@ struct Unit {
       }
   }
 
-  // Mean of a column, and the sum of squares about it.
+  // Mean of a column, and the sum of squares about it. What the sum lost by rounding is put right in the second pass: a
+  // map that is nearly constant has little else.
   void statistics(const T* of, int64_t image) const {
-    V sum{}, squares{};
+    const T share = T(1) / static_cast<T>(places);
+    V sum{}, rest{}, squares{};
     for (int64_t place = 0; place < places; ++place) sum += load(of + place * W);
-    const V mean = sum * (T(1) / static_cast<T>(places));
+    const V mean = sum * share;
     for (int64_t place = 0; place < places; ++place) {
       const V off = load(of + place * W) - mean;
+      rest += off;
       squares += off * off;
     }
+    const V shift = rest * share;
     T* to = static_cast<T*>(p.partial) + 2 * image * p.C + channel;
-    store_part(to, mean, lanes);
-    store_part(to + p.C, squares, lanes);
+    store_part(to, mean + shift, lanes);
+    store_part(to + p.C, squares - rest * shift, lanes);
   }
 
   // GELU(norm2(conv)) + s, in the place of s.
