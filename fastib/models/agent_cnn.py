@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import create_classifier
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -139,7 +140,7 @@ class AgentCNN(nn.Module):
         down_sample: blocks (from 0) after which 2 x 2 places are averaged.
         drop_rate, proj_drop_rate: dropout inside the MLP, and of what is added to x.
         weights: `SharedWeights` of the transformer; None: convolutions with dense taps and MLPs of its own.
-        global_pool: "avg", or "" for the map itself.
+        global_pool: of timm's SelectAdaptivePool2d; "" leaves the map.
     """
 
     def __init__(
@@ -155,20 +156,26 @@ class AgentCNN(nn.Module):
             raise ValueError(f"down_sample: expected blocks in [0, {depth - 1}], got {tuple(down_sample)}")
         dd = {"device": device, "dtype": dtype}
         self.in_chans, self.num_classes = in_chans, num_classes
-        self.num_features = self.head_hidden_size = dim
-        self.down_sample, self.grad_checkpointing, self.global_pool = tuple(down_sample), False, global_pool
+        self.num_features = dim
+        self.down_sample, self.grad_checkpointing = tuple(down_sample), False
         self.stem = Stem(form, in_chans, dim, patch_size, **dd)
         self.blocks = nn.ModuleList(
             AgentBlock(dim, num_heads, hidden, pre_norm, drop_rate, proj_drop_rate, weights, layer, **dd)
             for layer in range(depth)
         )
         self.norm = nn.BatchNorm2d(dim, **dd)
-        self.head = nn.Linear(dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self._head(num_classes, global_pool, **dd)
         reduction = patch_size if form == "base" else patch_size // 2
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": dim, "reduction": reduction * 2 ** sum(j < i for j in down_sample)}
             for i in range(depth)
         ]
+
+    def _head(self, num_classes: int, global_pool: str, device, dtype) -> None:
+        self.global_pool, self.head = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, device=device, dtype=dtype
+        )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -184,13 +191,11 @@ class AgentCNN(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head on the device and in the dtype of the weights. global_pool: "avg", or "" for the map itself."""
+        """A new head on the device and in the dtype of the weights."""
         self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = global_pool
         weight = self.norm.weight
-        head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
-        self.head = head if num_classes > 0 else nn.Identity()
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self._head(num_classes, pool, weight.device, weight.dtype)
 
     def forward_intermediates(
         self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False, stop_early: bool = False,
@@ -236,9 +241,7 @@ class AgentCNN(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """BatchNorm, GELU, average over the map and classes, of the map of `forward_features`."""
-        x = F.gelu(self.norm(x))
-        if self.global_pool:
-            x = x.mean(dim=(2, 3))
+        x = self.global_pool(F.gelu(self.norm(x)))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:

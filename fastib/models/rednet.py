@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
-from timm.layers import DropPath, SelectAdaptivePool2d
+from timm.layers import DropPath, create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
@@ -131,9 +131,10 @@ class RedNet(nn.Module):
         self.init_weights()
 
     def _head(self, num_classes: int, global_pool: str, device, dtype) -> None:
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        self.head_hidden_size = features = self.num_features * self.global_pool.feat_mult()
-        self.fc = nn.Linear(features, num_classes, device=device, dtype=dtype) if num_classes > 0 else nn.Identity()
+        self.global_pool, self.fc = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, device=device, dtype=dtype
+        )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     @torch.jit.ignore
     def init_weights(self) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from timm.layers import create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class SmallCNN(nn.Module):
         widths: channels of each stage.
         blocks: residual blocks of each stage.
         drop_rate: dropout before the head.
-        global_pool: "avg", or "" for the map itself.
+        global_pool: of timm's SelectAdaptivePool2d; "" leaves the map.
     """
 
     def __init__(
@@ -66,7 +67,6 @@ class SmallCNN(nn.Module):
             raise ValueError("widths: expected at least one stage, got none")
         dd = {"device": device, "dtype": dtype}
         self.in_chans, self.num_classes, self.drop_rate = in_chans, num_classes, drop_rate
-        self.global_pool = global_pool
         self.grad_checkpointing = False
         stages, info = [], []
         for i, width in enumerate(widths):
@@ -77,10 +77,16 @@ class SmallCNN(nn.Module):
             info.append({"module": f"stages.{i}", "num_chs": width, "reduction": 2**i})
         self.stages = nn.Sequential(*stages)
         self.feature_info = info
-        self.num_features = self.head_hidden_size = widths[-1]
+        self.num_features = widths[-1]
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self._head(num_classes, global_pool, **dd)
         self.init_weights()
+
+    def _head(self, num_classes: int, global_pool: str, device, dtype) -> None:
+        self.global_pool, self.head = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, device=device, dtype=dtype
+        )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -108,11 +114,9 @@ class SmallCNN(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head on the device and in the dtype of the weights."""
         self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = global_pool
         weight = self.stages[0][0][0].weight
-        head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
-        self.head = head if num_classes > 0 else nn.Identity()
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self._head(num_classes, pool, weight.device, weight.dtype)
 
     def _stage(self, stage: nn.Module, x: Tensor) -> Tensor:
         if self.grad_checkpointing and self.training:
@@ -158,9 +162,7 @@ class SmallCNN(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool, dropout and classify the map of `forward_features`."""
-        if self.global_pool:
-            x = x.mean(dim=(2, 3))
-        x = self.head_drop(x)
+        x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:

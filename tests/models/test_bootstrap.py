@@ -249,6 +249,21 @@ def test_agents_may_leave_the_map_unpooled():
     torch.testing.assert_close(agent(images).mean((2, 3)), pooled(images))
 
 
+def test_agents_pool_as_they_are_told():
+    agent = timm.create_model("agent_cnn_small", depth=2, num_classes=0, global_pool="max").double().eval()
+    x = images(2, 3, 64, 64)
+    maps = torch.nn.functional.gelu(agent.norm(agent.forward_features(x)))
+    torch.testing.assert_close(agent(x), maps.amax((2, 3)))
+    agent.reset_classifier(5, "catavgmax")
+    pooled = torch.cat((maps.mean((2, 3)), maps.amax((2, 3))), 1)
+    torch.testing.assert_close(agent(x), agent.head(pooled))
+    assert (
+        agent.head_hidden_size == 2 * agent.num_features == agent.forward_head(agent.forward_features(x), True).shape[1]
+    )
+    with pytest.raises(AssertionError, match="Invalid pool type: token"):  # timm's own
+        timm.create_model("agent_cnn_small", depth=2, global_pool="token")
+
+
 def test_an_agent_of_a_hybrid_is_refused():
     with pytest.raises(ValueError, match="vit: an agent needs patches of the image, not of a map as in HybridEmbed"):
         agent_for(timm.create_model("vit_tiny_r_s16_p8_224"))

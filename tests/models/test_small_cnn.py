@@ -48,6 +48,16 @@ def test_output_equals_a_functional_recomputation():
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
 
 
+def test_pools_as_it_is_told():
+    model, x = cnn(global_pool="max").double().eval(), torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    maps = model.forward_features(x)
+    torch.testing.assert_close(model(x), model.head(maps.amax((2, 3))))
+    model.reset_classifier(3, "catavgmax")
+    torch.testing.assert_close(model(x), model.head(torch.cat((maps.mean((2, 3)), maps.amax((2, 3))), 1)))
+    model.reset_classifier(0, "")
+    assert torch.equal(model(x), maps)
+
+
 def test_features_only_equals_the_intermediates_of_one_pass():
     model, extractor = cnn().eval(), cnn(features_only=True, out_indices=(0, 1)).eval()
     assert extractor.feature_info.channels() == [4, 6] and extractor.feature_info.reduction() == [1, 2]
