@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastib.models.shared_weights import SharedWeights
+from fastib.nn.layout import channels_last
 from fastib.ops import generalized_conv
 
 __all__ = ["AgentCNN", "agent_for", "describe_agent"]
@@ -211,7 +212,7 @@ class AgentCNN(nn.Module):
 
     def _maps(self, x: Tensor, blocks: int, take: Sequence[int], taken: list[Tensor]) -> Tensor:
         """The last map of the first `blocks` blocks; `taken` gets those of the blocks in `take`."""
-        x = self.stem(x.contiguous(memory_format=torch.channels_last)).contiguous(memory_format=torch.channels_last)
+        x = channels_last(self.stem(channels_last(x)))
         for i, block in enumerate(self.blocks[:blocks]):
             saves = self.grad_checkpointing and self.training
             x = checkpoint(block, x, use_reentrant=False) if saves else block(x)

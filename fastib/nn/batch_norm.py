@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 
@@ -11,9 +10,8 @@ def takes_statistics(norm: nn.BatchNorm2d) -> bool:
     return norm.training or norm.running_mean is None
 
 
-@torch.no_grad()
 def track_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """Moves its running statistics towards mean (C,) and biased variance (C,) of a batch of `count` values."""
+    """Moves its running statistics towards mean (C,) and biased variance (C,), without gradient, of `count` values."""
     if not norm.training or norm.running_mean is None:
         return
     norm.num_batches_tracked.add_(1)

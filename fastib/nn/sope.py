@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastib.nn.layout import channels_last
+
 __all__ = ["SOPE", "ChannelAffine"]
 
 
@@ -62,5 +64,5 @@ class SOPE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, in_chans, H, W). Result: (B, gh, gw, embed_dim), gh = ceil(H / patch_size), and gw alike."""
-        x = self.pre(x.to(memory_format=torch.channels_last))
+        x = self.pre(channels_last(x))
         return self.post(self.stages(x)).permute(0, 2, 3, 1)
