@@ -166,10 +166,21 @@ def _convert_key(key: str) -> str:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Weights under our names as they are; those of a published checkpoint converted."""
+    """Weights under our names as they are; those of a published checkpoint converted.
+
+    The affine map of the image is brought to the model's channels as timm brings the first convolution, whose weights
+    it adds up for one channel and repeats for others.
+    """
     state_dict = state_dict.get("model", state_dict)
     published = any(".ht_proj." in key for key in state_dict)
-    return convert_published_dhvt(state_dict) if published else state_dict
+    state_dict = convert_published_dhvt(state_dict) if published else dict(state_dict)
+    for name in ("alpha", "beta"):
+        key = f"patch_embed.sope.pre.{name}"
+        if key in state_dict and state_dict[key].shape[1] != model.in_chans:
+            affine, count = state_dict[key], model.in_chans
+            repeated = affine.repeat(1, -(-count // affine.shape[1]), 1, 1)[:, :count]
+            state_dict[key] = affine.mean(1, keepdim=True) if count == 1 else repeated
+    return state_dict
 
 
 def _cfg(size: int, num_classes: int, first_conv: str) -> dict:

@@ -220,6 +220,21 @@ def test_published_weights(prefix, tmp_path):
     assert torch.equal(loaded(x), model(x))
 
 
+def test_weights_of_three_channels_load_into_others(tmp_path):
+    """Gray images are images of three equal channels, where the affine map treats these alike."""
+    model = shaken(small(in_chans=3)).float()
+    with torch.no_grad():
+        model.patch_embed.sope.pre.alpha.fill_(1.5)
+        model.patch_embed.sope.pre.beta.fill_(0.25)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    overlay = {"file": str(tmp_path / "model.safetensors"), "num_classes": 5, "input_size": (3, 12, 12)}
+    gray = small(pretrained=True, pretrained_cfg_overlay=overlay).double().eval()
+    x = images(2, 1, 12, 12)
+    torch.testing.assert_close(gray(x), model.double()(x.expand(-1, 3, -1, -1)), rtol=1e-5, atol=1e-5)
+    five = small(in_chans=5, pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(five.patch_embed.sope.pre.alpha, torch.full((1, 5, 1, 1), 1.5))
+
+
 @pytest.mark.parametrize("key", ["blocks.0.mlp.fc1.weight", "patch_embed.proj.weight", "pos_embed", "blocks.0.attn.x"])
 def test_unknown_published_keys(key):
     with pytest.raises(ValueError, match=f"expected keys of a published DHVT, got '{key}'"):
