@@ -255,4 +255,4 @@ def test_compile_and_autocast():
 
 
 def test_backends_are_listed():
-    assert set(fastib.backends()["cls_attention"]) == {"reference", "cpu", "cuda", "triton"}
+    assert set(fastib.backends()["cls_attention_maps"]) == {"reference", "cpu", "cuda", "triton"}

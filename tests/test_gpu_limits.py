@@ -20,8 +20,8 @@ CASES = [
     ("mhca_attention", [(2, 3, 17, 257)], torch.float32, r"D <= 256, got \(2, 3, 17, 257\)"),
     ("mhca_attention", [(1, 1, (1 << 20) + 1, 16)], HALF, "N <= 1048576"),
     ("mhca_attention", [(2, 3, 17, 64)], torch.float64, "float64"),
-    ("cls_attention", [(2, 3, 17, 256)], HALF, None),
-    ("cls_attention", [(2, 3, 17, 320)], HALF, "D <= 256"),
+    ("cls_attention_maps", [(2, 3, 17, 256)], HALF, None),
+    ("cls_attention_maps", [(2, 3, 17, 320)], HALF, "D <= 256"),
     ("head_token_attention", [(2, 3, 17, 64), (2, 3, 31, 64)], torch.float32, None),
     ("head_token_attention", [(2, 3, 17, 64), (2, 3, 32, 64)], torch.float32, "less than 32 extra tokens"),
     ("head_token_attention", [(2, 3, 17, 72), (2, 3, 16, 72)], torch.float32, "less than 16 extra tokens"),
@@ -55,7 +55,7 @@ def test_choice(monkeypatch, name, shapes, dtype, reason):
 
 def test_result_beyond_the_limits(monkeypatch):
     """The public functions choose by the right tensors: fakes go through the reference alone."""
-    for name in ("mhca_attention", "cls_attention", "head_token_attention", "feature_alignment_loss"):
+    for name in ("mhca_attention", "cls_attention_maps", "head_token_attention", "feature_alignment_loss"):
         monkeypatch.setattr(_backend.OPS[name], "gpu_default", "triton")
     refuse = pytest.fail
     with FakeTensorMode():

@@ -108,7 +108,7 @@ _backward = _backend.register_backward(
     _backward_fake,
     "cls_attention.cls_attention_bwd",
 )
-_OP = Op("cls_attention", gpu="triton", gpu_limits=limits.attention)
+_OP = Op(_NAME, gpu="triton", kernel="cls_attention", gpu_limits=limits.attention)
 
 
 class _ClsAttention(torch.autograd.Function):
