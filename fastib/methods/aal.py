@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastib.methods.base import Analysis, LoadTeacher, Method, MethodOptions, register_method
+from fastib.methods.base import Analysis, LoadTeacher, Method, MethodOptions, register_method, wide
 from fastib.methods.links import draw_links, link_mask, select_links, write_mask
 from fastib.nn.attention_link import AttentionLink
 from fastib.nn.capture import capture_cls_attention
@@ -203,7 +203,7 @@ class AAL(Method):
         """
         weight = self.weight_at(progress)
         if weight == 0:  # nothing to link; DistributedDataParallel waits for the links' gradients all the same
-            ce = F.cross_entropy(_wide(self.student(images)), targets)
+            ce = F.cross_entropy(wide(self.student(images)), targets)
             return {"ce": ce, "attention": 0.0 * sum(p.sum() for p in self.groups.parameters())}
         with self.capture as captured:
             logits = self.student(images)
@@ -212,7 +212,7 @@ class AAL(Method):
         with torch.no_grad():
             maps = stage_maps(self.frozen["teacher"], images, self.options.teacher_stages)
         return {
-            "ce": F.cross_entropy(_wide(logits), targets),
+            "ce": F.cross_entropy(wide(logits), targets),
             "attention": weight * self.link_loss(attention, grids, maps),
         }
 
@@ -235,11 +235,6 @@ def _resize(x: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor:
     if tuple(x.shape[-2:]) == tuple(grid):
         return x
     return F.interpolate(x, size=tuple(grid), mode="bicubic", align_corners=False, antialias=antialias)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32, in which all losses are computed under autocast."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _config(model: nn.Module) -> dict:

@@ -7,9 +7,15 @@ from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 LoadTeacher = Callable[[str], nn.Module]
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32, in which all losses are computed under autocast; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastib.methods.base import LoadTeacher, Method, MethodOptions, register_method
+from fastib.methods.base import LoadTeacher, Method, MethodOptions, register_method, wide
 from fastib.methods.co_advise import divergence
 from fastib.models.agent_cnn import agent_for
 from fastib.ops import feature_alignment_loss
@@ -127,7 +127,7 @@ class Bootstrap(Method):
             self.shared_weights.part_ways()
         tokens, features = self.student.forward_intermediates(images, indices=self.layers, output_fmt="NLC")[0:2]
         maps, compared = self.agent.forward_intermediates(images, indices=self.layers)
-        logits, answer = self.student.forward_head(tokens).float(), self.agent.forward_head(maps).float()
+        logits, answer = wide(self.student.forward_head(tokens)), wide(self.agent.forward_head(maps))
         decay = 1.0 - progress if options.decay == "linear" else 1.0
         mutual = options.mutual_weight * options.temperature**2
         alignment = sum(map(self.feature_loss, features, compared))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastib.methods.base import LoadTeacher, Method, MethodOptions, register_method
+from fastib.methods.base import LoadTeacher, Method, MethodOptions, register_method, wide
 
 __all__ = ["CoAdvise", "CoAdviseOptions", "divergence"]
 
@@ -32,8 +32,8 @@ def divergence(student: Tensor, teacher: Tensor, tau: float = 1.0) -> Tensor:
 
     The teacher is the target distribution, as in the published code; Eq. 1 writes its arguments the other way round.
     """
-    log_student = F.log_softmax(_wide(student) / tau, dim=1)
-    log_teacher = F.log_softmax(_wide(teacher) / tau, dim=1)
+    log_student = F.log_softmax(wide(student) / tau, dim=1)
+    log_teacher = F.log_softmax(wide(teacher) / tau, dim=1)
     return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
 
 
@@ -76,11 +76,11 @@ class CoAdvise(Method):
         images: (B, C, H, W). targets: (B,) int64, or (B, classes) probabilities.
         """
         logits, *answers = self._student_logits(images)
-        losses = {"cls": self.lambdas[0] * F.cross_entropy(_wide(logits), targets)}
+        losses = {"cls": self.lambdas[0] * F.cross_entropy(wide(logits), targets)}
         terms = zip(self.lambdas[1:], self.taus, answers, self.frozen.values(), strict=True)
         for i, (weight, tau, answer, teacher) in enumerate(terms, 1):
             if weight == 0:  # the teacher is not asked; DistributedDataParallel waits for a gradient all the same
-                losses[f"distill_{i}"] = 0.0 * _wide(answer).sum()
+                losses[f"distill_{i}"] = 0.0 * wide(answer).sum()
                 continue
             with torch.no_grad():
                 target = teacher(images)
@@ -106,11 +106,6 @@ class CoAdvise(Method):
                 values |= {(table, row, "top1"): _correct(answer, targets) for row, answer in answers.items()}
                 values |= {("teachers", name, "top1"): _correct(t, targets) for name, t in teachers.items()}
         return values
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32, in which all losses are computed under autocast."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _correct(logits: Tensor, targets: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastib.methods.base import LoadTeacher, Method, MethodOptions, register_method
+from fastib.methods.base import LoadTeacher, Method, MethodOptions, register_method, wide
 from fastib.models.dearkd import distillation_outputs
 from fastib.nn.aligner import Aligner
 
@@ -85,20 +85,20 @@ class DearKD(Method):
         """
         stage_one = progress < self.options.stage_one_share
         if not stage_one and self.options.stage_two == "ce":
-            return {"cls": F.cross_entropy(_wide(self.student(images)), targets), **self._idle()}
+            return {"cls": F.cross_entropy(wide(self.student(images)), targets), **self._idle()}
         pairs = self.pairs if stage_one else []
         alpha = self.alpha_at(progress)
         logits, pooled, tokens = distillation_outputs(self.student, images, [block for block, _ in pairs])
         teacher_logits, maps = teacher_outputs(self.frozen["teacher"], images, [stage for _, stage in pairs])
         losses = {
-            "cls": alpha * F.cross_entropy(_wide(logits), targets),
-            "distill": (1 - alpha) * F.cross_entropy(_wide(pooled), teacher_logits.argmax(dim=1)),
+            "cls": alpha * F.cross_entropy(wide(logits), targets),
+            "distill": (1 - alpha) * F.cross_entropy(wide(pooled), teacher_logits.argmax(dim=1)),
         }
         if not pairs:
             return {**losses, **self._idle()}
         grid = self.student.patch_embed.dynamic_feat_size(images.shape[-2:])
         hidden = [
-            F.mse_loss(_wide(aligner(tokens[block], grid, maps[stage].shape[-2:])), _wide(maps[stage]))
+            F.mse_loss(wide(aligner(tokens[block], grid, maps[stage].shape[-2:])), wide(maps[stage]))
             for aligner, (block, stage) in zip(self.aligners, pairs, strict=True)
         ]
         losses["hidden"] = self.options.beta * torch.stack(hidden).mean()
@@ -108,11 +108,6 @@ class DearKD(Method):
         # A zero that reaches the idle aligners, since DistributedDataParallel waits for every parameter's gradient.
         parameters = list(self.aligners.parameters())
         return {"hidden": 0.0 * sum(p.sum() for p in parameters)} if parameters else {}
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32, in which all losses are computed under autocast."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _stage_channels(teacher: nn.Module, num_classes: int, stages: list[int]) -> list[int]:

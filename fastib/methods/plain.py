@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastib.methods.base import Method, register_method
+from fastib.methods.base import Method, register_method, wide
 
 
 @register_method("plain")
@@ -13,4 +13,4 @@ class Plain(Method):
     """Cross entropy between the student's logits and the targets."""
 
     def losses(self, images: Tensor, targets: Tensor, progress: float) -> dict[str, Tensor]:
-        return {"ce": F.cross_entropy(self.student(images).float(), targets)}
+        return {"ce": F.cross_entropy(wide(self.student(images)), targets)}
