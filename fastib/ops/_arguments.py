@@ -35,12 +35,16 @@ def check_dtype(op: str, argument: str, tensor: Tensor) -> None:
         raise invalid(op, argument, "float32, bfloat16, float16 or float64", tensor.dtype)
 
 
+def is_autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # PyTorch knows no autocast of meta
+
+
 def autocast(*tensors: Any) -> Any:
     """The tensors in the autocast dtype where autocast is on; float64 stays, as in PyTorch, and so does None."""
-    device = "cpu" if tensors[0].is_cpu else "cuda"
-    if not torch.is_autocast_enabled(device):
+    if not is_autocast_enabled(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     kept = (t is None or t.dtype == torch.float64 or not t.is_floating_point() for t in tensors)
     return tuple(t if keep else t.to(dtype) for t, keep in zip(tensors, kept, strict=True))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastib import _gpu_limits as limits
 from fastib._exporting import exporting
 from fastib.ops import _backend
-from fastib.ops._arguments import check_device, check_dtype, check_finite, check_tensors, invalid
+from fastib.ops._arguments import check_device, check_dtype, check_finite, check_tensors, invalid, is_autocast_enabled
 from fastib.ops._backend import Op, below_autograd
 from fastib.reference.feature_alignment import feature_alignment_loss_ref
 
@@ -54,7 +54,7 @@ def feature_alignment_loss(
     backend that does not fit.
     """
     check_tensors(_NAME, student=student, teacher=teacher)
-    if student.dtype != teacher.dtype and torch.is_autocast_enabled(student.device.type):
+    if student.dtype != teacher.dtype and is_autocast_enabled(student):
         wide = torch.promote_types(student.dtype, teacher.dtype)
         student, teacher = student.to(wide), teacher.to(wide)
     _check(student, teacher)
