@@ -1,5 +1,7 @@
 """What PyTorch asks of every operator: forward mode, a second derivative, checkpoints that end with it, any size."""
 
+import warnings
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -119,6 +121,27 @@ def test_per_sample_gradients_of_a_module():
         module(image[None]).square().sum().backward()
         for name, parameter in parameters.items():
             torch.testing.assert_close(found[name][i], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_traced_saved_and_loaded(name, grad, tmp_path):
+    """A trace knows the operators, with their derivatives, whether or not it was made with gradients on."""
+    function, inputs = OPERATORS[name]
+
+    class Call(torch.nn.Module):
+        def forward(self, *x):
+            return function(*x)
+
+    examples = tuple(torch.ones_like(t).requires_grad_(grad) for t in inputs)
+    with torch.set_grad_enabled(grad), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sizes that become constants
+        torch.jit.trace(Call(), examples).save(tmp_path / "call.pt")
+    loaded = torch.jit.load(tmp_path / "call.pt")
+    x, y = leaves(inputs), leaves(inputs)
+    exact = torch.autograd.grad(function(*y, backend="reference").square().sum(), y)
+    for actual, expected in zip(torch.autograd.grad(loaded(*x).square().sum(), x), exact, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ONCE)

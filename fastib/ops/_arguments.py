@@ -121,3 +121,8 @@ def grid(op: str, grid_size: Any) -> tuple[int, int]:
     except (TypeError, ValueError):
         expected = "an int or a pair (grid_h, grid_w) of ints, none negative"
         raise invalid(op, "grid_size", expected, repr(grid_size)) from None
+
+
+def default_scale(head_dim: int | torch.SymInt) -> float:
+    """head_dim^-1/2; as a number, since `torch.jit.trace` would take the power of a float32 tensor."""
+    return torch.sym_float(max(head_dim, 1)) ** -0.5

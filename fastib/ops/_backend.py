@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from fastib import _gpu_limits as limits
 from fastib import _native
+from fastib._exporting import exporting
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 LIBRARY = torch.library.Library("fastib", "FRAGMENT")
@@ -163,6 +164,16 @@ def _launch_triton(module: str, function: str) -> Callable:
             return launcher()(*args)
 
     return launch
+
+
+def is_recorded() -> bool:
+    """Whether a compiler or `torch.jit.trace` records the call: it goes through the dispatcher alone then."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def may_train_later() -> bool:
+    """Whether the recorded program outlives the call: it may train where the call does not."""
+    return exporting() or torch._C._is_tracing()
 
 
 def below_autograd() -> Any:

@@ -72,11 +72,11 @@ def attention_link_loss(
         return attention_link_loss_ref(attn, weight, bias, target, mask=mask, reduction=reduction, eps=eps)
     sums = torch.promote_types(attn.dtype, torch.float32)
     args = (attn, weight.to(sums), bias.to(sums), target, mask, eps)
-    compiling = torch.compiler.is_compiling()
+    recorded = _backend.is_recorded()
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in args[:3])
-    if trains and not compiling:
+    if trains and not recorded:
         loss = _LinkLoss.apply(*args) if reduction == "none" else _LinkLossSum.apply(_backend.tie(*args[:3]), *args)
-    elif compiling:
+    elif recorded:
         loss = _forward(*args)
     else:
         with below_autograd():

@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 
 from fastib import _gpu_limits as limits
-from fastib._exporting import exporting
 from fastib.ops import _backend
-from fastib.ops._arguments import autocast, check_device, check_dtype, check_finite, check_tensors, integer, invalid
+from fastib.ops._arguments import (
+    autocast,
+    check_device,
+    check_dtype,
+    check_finite,
+    check_tensors,
+    default_scale,
+    integer,
+    invalid,
+)
 from fastib.ops._backend import Op, below_autograd
 from fastib.reference.cls_attention import cls_attention_maps_ref
 
@@ -51,17 +59,17 @@ def cls_attention_maps(
     num_prefix_tokens = integer(_NAME, "num_prefix_tokens", num_prefix_tokens)
     _check(q, k, num_prefix_tokens)
     if scale is None:
-        scale = max(q.shape[2], 1) ** -0.5
+        scale = default_scale(q.shape[2])
     else:
         check_finite(_NAME, "scale", scale)
     if over not in ("patches", "all"):
         raise invalid(_NAME, "over", "'patches' or 'all'", repr(over))
     if _OP.choose(backend, k) == "reference":
         return cls_attention_maps_ref(q, k, num_prefix_tokens=num_prefix_tokens, scale=scale, over=over)
-    # an exported program may train where the one that was traced did not
-    trains = (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)) or exporting()
+    # a recorded program may train where the call does not
+    trains = (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)) or _backend.may_train_later()
     args = (q, k, num_prefix_tokens, scale, over == "all", not trains)
-    if torch.compiler.is_compiling():
+    if _backend.is_recorded():
         probs = _forward(*args)
     elif trains:
         probs = _ClsAttention.apply(*args)

@@ -84,7 +84,7 @@ def depthwise_block(
     if _OP.choose(backend, x) == "reference":
         return depthwise_block_ref(x, *parameters, (grid_h, grid_w), statistics=statistics, eps=eps)
     args = (x, *parameters, statistics, grid_h, grid_w, *eps)
-    if torch.compiler.is_compiling():
+    if _backend.is_recorded():
         return _forward(*args)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
         return _DepthwiseBlock.apply(*args)

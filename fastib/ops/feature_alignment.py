@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastib import _gpu_limits as limits
-from fastib._exporting import exporting
 from fastib.ops import _backend
 from fastib.ops._arguments import check_device, check_dtype, check_finite, check_tensors, invalid, is_autocast_enabled
 from fastib.ops._backend import Op, below_autograd
@@ -65,10 +64,10 @@ def feature_alignment_loss(
         raise invalid(_NAME, "eps", "not negative", eps)
     if _OP.choose(backend, student) == "reference":
         return feature_alignment_loss_ref(student, teacher, center=center, eps=eps, reduction=reduction)
-    # an exported program may train where the one that was traced did not
-    trains = (torch.is_grad_enabled() and student.requires_grad) or exporting()
+    # a recorded program may train where the call does not
+    trains = (torch.is_grad_enabled() and student.requires_grad) or _backend.may_train_later()
     args = (student, teacher, bool(center), float(eps), trains)
-    if torch.compiler.is_compiling():
+    if _backend.is_recorded():
         loss = _forward(*args)[0]
     elif trains:
         loss = _FeatureAlignment.apply(_backend.tie(student), *args)

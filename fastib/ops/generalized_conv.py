@@ -65,7 +65,7 @@ def generalized_conv(
 
 def _fused(x: Tensor) -> bool:
     """Whether the products that shift what they write take `x`: float32 on the CPU, dense, many pixels."""
-    if torch.compiler.is_compiling() or not x.is_cpu or x.dtype != torch.float32 or x.numel() <= _FEW:
+    if _backend.is_recorded() or not x.is_cpu or x.dtype != torch.float32 or x.numel() <= _FEW:
         return False
     return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
@@ -77,7 +77,7 @@ def _composed(x: Tensor, w_v: Tensor, w_o: Tensor, bias: Tensor | None, num_head
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """weight (O, C) times the channels of x (B, C, rows, columns), plus bias (O,), in x's memory format."""
-    enough = torch.compiler.is_compiling() or x.numel() > _FEW  # a program compiled or exported holds for any batch
+    enough = _backend.is_recorded() or x.numel() > _FEW  # a program compiled or exported holds for any batch
     if x.device.type == "cpu" and x.dtype != torch.float64 and enough and weight.numel():
         return F.conv2d(x, weight[:, :, None, None], bias)  # oneDNN, which is faster than the BLAS on short channels
     if _backend.channels_last(x):
@@ -107,7 +107,7 @@ def _check(x: Tensor, w_v: Tensor, w_o: Tensor, bias: Tensor | None, num_heads: 
 
 
 def _shift(x: Tensor, num_heads: int, inverse: bool = False) -> Tensor:
-    if torch.compiler.is_compiling():
+    if _backend.is_recorded():
         return _kernel(x, num_heads, inverse)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Shift.apply(x, num_heads, inverse)

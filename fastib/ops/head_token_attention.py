@@ -16,6 +16,7 @@ from fastib.ops._arguments import (
     check_finite,
     check_probability,
     check_tensors,
+    default_scale,
     invalid,
     seed_tensor,
 )
@@ -69,7 +70,7 @@ def head_token_attention(
     _check_tensors(q, k, v, q_extra, k_extra, v_extra)
     check_probability(_NAME, "attn_dropout", attn_dropout)
     if scale is None:
-        scale = max(q.shape[3], 1) ** -0.5
+        scale = default_scale(q.shape[3])
     else:
         check_finite(_NAME, "scale", scale)
     if seed is not None or attn_dropout > 0:
@@ -78,7 +79,7 @@ def head_token_attention(
     if _OP.choose(backend, q, q_extra) == "reference":
         return head_token_attention_ref(*inputs, scale=scale, attn_dropout=attn_dropout, seed=seed)
     args = (*inputs, seed, scale, attn_dropout)
-    if torch.compiler.is_compiling():
+    if _backend.is_recorded():
         return _forward(*args)[0]
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return _HeadTokenAttention.apply(*args)

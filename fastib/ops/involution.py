@@ -45,7 +45,7 @@ def involution(x: Tensor, weight: Tensor, *, stride: int = 1, dilation: int = 1,
     _check(x, weight, stride)
     if _OP.choose(backend, x) == "reference":
         return involution_ref(x, weight, stride=stride, dilation=dilation)
-    if torch.compiler.is_compiling():
+    if _backend.is_recorded():
         return _forward(x, weight, stride, dilation)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Involution.apply(x, weight, stride, dilation)

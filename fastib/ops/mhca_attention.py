@@ -16,6 +16,7 @@ from fastib.ops._arguments import (
     check_finite,
     check_probability,
     check_tensors,
+    default_scale,
     grid,
     integer,
     invalid,
@@ -84,7 +85,7 @@ def mhca_attention(
     check_probability(_NAME, "rpe_dropout", rpe_dropout)
     check_probability(_NAME, "attn_dropout", attn_dropout)
     if scale is None:
-        scale = max(q.shape[3], 1) ** -0.5
+        scale = default_scale(q.shape[3])
     else:
         check_finite(_NAME, "scale", scale)
     if seed is not None or rpe_dropout > 0 or attn_dropout > 0:
@@ -102,7 +103,7 @@ def mhca_attention(
     if center.dtype != position_dtype:
         center = center.to(position_dtype)
     args = (q, k, v, alpha, center, seed, grid_h, grid_w, num_prefix_tokens, scale, rpe_dropout, attn_dropout)
-    if torch.compiler.is_compiling():
+    if _backend.is_recorded():
         return _forward(*args)[0]
     if torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or alpha.requires_grad or center.requires_grad
