@@ -117,7 +117,7 @@ void compute(DepthwiseBlockParams params, const Inputs& in, const Tensor* given,
   arrays.point(params, in);
   T* stats = static_cast<T*>(used.mutable_data_ptr());
   if (given) std::copy_n(numbers<T>(*given), 4 * C, stats);
-  std::vector<T> partial(given ? 0 : 2 * params.B * C);
+  std::vector<T> partial(given ? 0 : 3 * params.B * C);
   std::vector<double> mean(C), variance(C);
   params.partial = partial.data();
   run(params, !given, [&](ForwardPass pass, int64_t first, int64_t count) {

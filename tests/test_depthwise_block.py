@@ -146,6 +146,16 @@ def test_maps_that_are_constant(target):
     assert_twofold(out, same_out, exact_out, torch.float32, name="value")
 
 
+def test_variance_of_maps_far_from_zero(target):
+    """Where a mean is 1e5 deviations, what rounds the mean of an image must not round the variance of all."""
+    (x, *parameters), _ = draw(4, (14, 14), 20, torch.float32)
+    x = 100 + x / 1000
+    _, used = depthwise_block(x.to(target.device), *(p.to(target.device) for p in parameters), (14, 14),
+                              backend=target.backend)  # fmt: skip
+    exact = x.double().flatten(0, 1).var(0, unbiased=False)
+    assert max_error(used[1] / exact.to(used), torch.ones(20)) < 8 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("layout", ["sliced", "columns", "expanded", "grad_expanded", "channels_first"])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_layouts(target, layout, dtype):

@@ -146,8 +146,8 @@ struct Unit {
       }
   }
 
-  // Mean of a column, and the sum of squares about it. What the sum lost by rounding is put right in the second pass: a
-  // map that is nearly constant has little else.
+  // Mean of a column, what rounding took from it, and the sum of squares about both: a map that is nearly constant has
+  // little else.
   void statistics(const T* of, int64_t image) const {
     const T share = T(1) / static_cast<T>(places);
     V sum{}, rest{}, squares{};
@@ -158,10 +158,11 @@ struct Unit {
       rest += off;
       squares += off * off;
     }
-    const V shift = rest * share;
-    T* to = static_cast<T*>(p.partial) + 2 * image * p.C + channel;
-    store_part(to, mean + shift, lanes);
-    store_part(to + p.C, squares - rest * shift, lanes);
+    const V lost = rest * share;
+    T* to = static_cast<T*>(p.partial) + 3 * image * p.C + channel;
+    store_part(to, mean, lanes);
+    store_part(to + p.C, lost, lanes);
+    store_part(to + 2 * p.C, squares - rest * lost, lanes);
   }
 
   // GELU(norm2(conv)) + s, in the place of s.

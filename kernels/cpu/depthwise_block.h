@@ -26,7 +26,7 @@ struct DepthwiseBlockParams {
   BlockNorm norm1, norm2;
   const void* weight;  // (9, C) in the compute type
   void* out;           // (B, P, C) dense
-  void* partial;       // (B, 2, C): of each image the mean, and the sum of squares about it
+  void* partial;       // (B, 3, C): of each image the mean in two parts, and the sum of squares about it
   int64_t unit_channels;
 };
 

@@ -9,14 +9,18 @@ void merge(const DepthwiseBlockParams& p, int64_t first, int64_t count, double* 
   const T* partial = static_cast<const T*>(p.partial);
   const double places = static_cast<double>(p.grid_h * p.grid_w);
   const int64_t end = first + count;
+  const auto mean_of = [&](int64_t b, int64_t c) {
+    const T* at = partial + 3 * b * p.C + c;
+    return static_cast<double>(at[0]) + at[p.C];
+  };
   for (int64_t c = first; c < end; ++c) mean[c] = variance[c] = 0.0;
   for (int64_t b = 0; b < p.B; ++b)
-    for (int64_t c = first; c < end; ++c) mean[c] += partial[2 * b * p.C + c];
+    for (int64_t c = first; c < end; ++c) mean[c] += mean_of(b, c);
   for (int64_t c = first; c < end; ++c) mean[c] /= static_cast<double>(p.B);
   for (int64_t b = 0; b < p.B; ++b)
     for (int64_t c = first; c < end; ++c) {
-      const double off = partial[2 * b * p.C + c] - mean[c];
-      variance[c] += partial[(2 * b + 1) * p.C + c] + places * off * off;
+      const double off = mean_of(b, c) - mean[c];
+      variance[c] += partial[(3 * b + 2) * p.C + c] + places * off * off;
     }
   for (int64_t c = first; c < end; ++c) variance[c] /= places * static_cast<double>(p.B);
 }

@@ -61,7 +61,7 @@ struct Problem {
     };
     const int64_t all = c.B * places * c.C;
     draw(x, all, 0.5, 1), draw(grad_out, all, 0, 1), draw(weight, 9 * c.C, 0, 0.4);
-    out.resize(all), grad_x.resize(all), partial.resize(2 * c.B * c.C), grad_partial.resize(groups * 11 * c.C);
+    out.resize(all), grad_x.resize(all), partial.resize(3 * c.B * c.C), grad_partial.resize(groups * 11 * c.C);
     for (int norm = 0; norm < 2; ++norm) {
       draw(gamma[norm], c.C, 1, 0.3), draw(beta[norm], c.C, 0, 0.3);
       shift[norm].resize(c.C), inv[norm].resize(c.C), mean_d[norm].resize(c.C), mean_d_hat[norm].resize(c.C);
