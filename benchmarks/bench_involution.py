@@ -67,9 +67,9 @@ def make_job(case: Case, backend: str | None, quick: bool) -> Job:
     )
 
 
-def small_job(device: str) -> Job:
+def small_job(device: str, layout: str = "contiguous") -> Job:
     """A case small enough for a memory checker, with rows and columns that fill no tile."""
-    return make_job(Case(2, 32, 9, "bfloat16", "train", device=device), None, quick=True)
+    return make_job(Case(2, 32, 9, "bfloat16", "train", layout=layout, device=device), None, quick=True)
 
 
 def jobs(device: str, config) -> list[Job]:

@@ -89,7 +89,7 @@ tests() {
 }
 
 sanitizer() {
-  local found=0 source op
+  local found=0 source op checks check
   for source in kernels/cuda/*.cu; do
     op=$(basename "$source" .cu)
     [ -e "benchmarks/bench_$op.py" ] || continue
@@ -100,8 +100,11 @@ sanitizer() {
       note "sanitizer $op" skipped 0 "no compute-sanitizer on the path"
     else
       # Each tensor by itself: between those of the caching allocator an access out of bounds finds other tensors.
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "sanitizer $op" 100 compute-sanitizer --tool memcheck --error-exitcode 9 \
-        "$PYTHON" -m benchmarks.small_case "$op"
+      checks=("memcheck contiguous" "memcheck channels_last" "racecheck channels_last")
+      for check in "${checks[@]}"; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "${check% *} $op ${check#* }" 60 \
+          compute-sanitizer --tool "${check% *}" --error-exitcode 9 "$PYTHON" -m benchmarks.small_case "$op" "${check#* }"
+      done
     fi
   done
   [ $found -eq 1 ] || note sanitizer skipped 0 "no CUDA kernel in kernels/cuda"

@@ -1,4 +1,4 @@
-"""One small forward and backward of an operator on the GPU, for a memory checker: `benchmarks.small_case OP`."""
+"""One small forward and backward of an operator on the GPU, for a checker: `benchmarks.small_case OP [LAYOUT]`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from importlib import import_module
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        print("usage: python -m benchmarks.small_case OP", file=sys.stderr)
+    if len(arguments) not in (1, 2):
+        print("usage: python -m benchmarks.small_case OP [LAYOUT]", file=sys.stderr)
         return 2
-    bench = import_module(f"benchmarks.bench_{arguments[0]}")
-    job = bench.small_job("cuda")
+    op, *layout = arguments
+    job = import_module(f"benchmarks.bench_{op}").small_job("cuda", *layout)
     results = job.peers[0].build()(True)
     from benchmarks.harness import check
 

@@ -331,9 +331,12 @@ def test_every_case_names_its_peers_and_goals_once(op):
             assert {goal.case for goal in job.goals} <= {"", *(other.key for other in jobs)}
 
 
-@pytest.mark.parametrize("op", [*OPS, "bootstrap", "rednet"])
+@pytest.mark.parametrize(
+    "op", [*OPS, "bootstrap", "rednet", "involution channels_last", "generalized_conv channels_last"]
+)
 def test_the_memory_checkers_small_case_passes_its_gate(op):
-    job = module(f"bench_{op}").small_job("cpu")
+    op, *layout = op.split()
+    job = module(f"bench_{op}").small_job("cpu", *layout)
     _, seen = harness.admit(job.peers[:1], job.reference(), job.allowed)
     assert seen["fastib"].status == "ok", seen["fastib"].reason
 

@@ -94,6 +94,30 @@ def test_tensors_that_begin_between_packs(on_host):
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_taps_that_fill_no_whole_words(on_host):
+    """Taps with their channels apart, or beginning between two words, take the body for any memory."""
+    problem = Problem(2, 48, 3, 7, (5, 6), torch.bfloat16)
+    x, weight = map(channels_last, problem.inputs)
+    expected = involution_ref(x.double(), weight.double())
+    wide = torch.full((*weight.shape[:1], 5, *weight.shape[2:]), torch.nan, dtype=weight.dtype)
+    apart = channels_last(wide)[:, 1:4].copy_(weight)
+    dense = weight.permute(0, 4, 5, 1, 2, 3)
+    between = torch.empty(weight.numel() + 1, dtype=weight.dtype)[1:].view(dense.shape).copy_(dense)
+    for taps, body in ((weight, "Channels"), (apart, "Any"), (between.permute(0, 3, 4, 5, 1, 2), "Any")):
+        out = torch.full_like(x, torch.nan)
+        names = on_host(False, (1, 1, 2, 48, 3, 7, 5, 6, 5, 6, 1, 1), (x, taps, out))
+        assert names == [f"{body}Forward"]
+        torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-5)
+
+
+def test_more_taps_than_shared_memory(on_host):
+    """Groups of four channels have four times the taps of groups of sixteen."""
+    problem = Problem(1, 64, 16, 7, (6, 8), torch.float32)
+    results, bodies = call(on_host, problem, True)
+    problem.check_values(results)
+    assert bodies == ["AnyForward", "AnyGradX", "AnyGradWeight"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "kernels/cuda").glob("involution*.cu")))

@@ -1,4 +1,4 @@
-// Involution on NVIDIA GPUs (Li et al. 2021). No torch, no shared memory, no atomics: two runs agree bit for bit.
+// Involution on NVIDIA GPUs (Li et al. 2021). No torch, no atomics: two runs agree bit for bit.
 #pragma once
 
 #include "../common/involution_params.h"

@@ -32,6 +32,22 @@ bool channels_pack(const InvolutionParams& p, const InvolutionGradParams* g) {
   return whole && packs<E, V>(g->grad_out, g->grad_out_stride, 1, 4) && packs<E, V>(g->grad_x, g->grad_x_stride, 1, 4);
 }
 
+// Whether taps are dense, pixel after pixel, and begin at a whole word.
+FASTIB_INLINE bool taps_are_dense(const InvolutionParams& p, const void* taps, const int64_t (&stride)[6]) {
+  const int64_t pixel = p.G * p.K * p.K, dense[] = {p.Ho * p.Wo * pixel, p.K * p.K, p.K, 1, p.Wo * pixel, pixel};
+  const int64_t sizes[] = {p.B, p.G, p.K, p.K, p.Ho, p.Wo};
+  bool whole = reinterpret_cast<uintptr_t>(taps) % 4 == 0;
+  for (int i = 0; i < 6; ++i) whole = whole && (stride[i] == dense[i] || sizes[i] == 1);
+  return whole;
+}
+
+inline constexpr int64_t kSharedBytes = 96 << 10;  // of a block; the smallest chip has 99 KiB
+
+template <typename Body>
+bool fits(const typename Body::Params& params, int64_t parts) {
+  return parts <= kThreads && Body::shared_bytes(params) <= kSharedBytes;
+}
+
 inline constexpr int kTile = 4;  // pixels of a thread
 
 template <typename E, int K, int S, int J, typename Launch>
@@ -52,8 +68,10 @@ template <typename E, int K, int S, typename Launch>
 bool forward_tiles(const InvolutionParams& p, Launch&& launch) {
   constexpr int V = 16 / sizeof(E);
   if (p.channels_last) {
-    if (!channels_pack<E, V>(p, nullptr)) return false;
-    launch(ChannelsForward<E, K, S, V, kTile>{}, p);
+    using Body = ChannelsForward<E, K, S, V, kTile>;
+    if (!channels_pack<E, V>(p, nullptr) || !taps_are_dense(p, p.weight, p.weight_stride)) return false;
+    if (!fits<Body>(p, p.C / V)) return false;
+    launch(Body{}, p);
   } else if (columns_pack<E, 4>(p, nullptr)) {
     forward_columns<E, K, S, 4>(p, launch);
   } else if (columns_pack<E, 2>(p, nullptr)) {
@@ -69,12 +87,16 @@ bool backward_tiles(const InvolutionGradParams& g, Launch&& launch) {
   constexpr int V = 16 / sizeof(E);
   const InvolutionParams& p = g.forward;
   if (p.channels_last) {
-    if (!channels_pack<E, V>(p, &g)) return false;
+    using GradX = ChannelsGradX<E, K, V, kTile>;
+    using GradWeight = ChannelsGradWeight<E, K, S, V, kTile * 2 / static_cast<int>(sizeof(E))>;
+    if (!channels_pack<E, V>(p, &g) || !taps_are_dense(p, p.weight, p.weight_stride)) return false;
+    if (!taps_are_dense(p, g.grad_weight, g.grad_weight_stride)) return false;
+    if ((S == 1 && !fits<GradX>(g, p.C / V)) || !fits<GradWeight>(g, p.G)) return false;
     if constexpr (S == 1)
-      launch(ChannelsGradX<E, K, V, kTile>{}, g);
+      launch(GradX{}, g);
     else
       launch(AnyGradX<E>{}, g);
-    launch(ChannelsGradWeight<E, K, S, V, kTile>{}, g);
+    launch(GradWeight{}, g);
   } else if (columns_pack<E, 4>(p, &g)) {
     backward_columns<E, K, S, 4>(g, launch);
   } else if (columns_pack<E, 2>(p, &g)) {

@@ -10,7 +10,16 @@ namespace fastib {
 template <typename Body>
 __global__ void __launch_bounds__(kThreads, Body::kBlocks)
     body_kernel(const __grid_constant__ typename Body::Params params) {
-  Body::run(params, blockIdx.x, threadIdx.x);
+  if constexpr (kShares<Body>) {
+    extern __shared__ __align__(16) uint32_t shared[];
+    Body::stage(params, blockIdx.x, threadIdx.x, shared);
+    __syncthreads();
+    Body::run(params, blockIdx.x, threadIdx.x, shared);
+    __syncthreads();
+    Body::flush(params, blockIdx.x, threadIdx.x, shared);
+  } else {
+    Body::run(params, blockIdx.x, threadIdx.x);
+  }
 }
 
 // Queues bodies on a stream until one fails.
@@ -26,7 +35,13 @@ struct Launcher {
       status = cudaErrorInvalidConfiguration;
       return;
     }
-    body_kernel<Body><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(params);
+    int bytes = 0;
+    if constexpr (kShares<Body>) {
+      bytes = static_cast<int>(Body::shared_bytes(params));
+      status = cudaFuncSetAttribute(body_kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      if (status != cudaSuccess) return;
+    }
+    body_kernel<Body><<<static_cast<unsigned>(blocks), kThreads, bytes, stream>>>(params);
     status = cudaGetLastError();
   }
 

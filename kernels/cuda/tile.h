@@ -1,8 +1,11 @@
 // What CUDA bodies share: a thread's place in an image, and a few elements at a time. A body is a struct with
-// `run(params, block, thread)` for host and device and `threads(params)`, how many there are.
+// `run(params, block, thread)` for host and device and `threads(params)`, how many there are. One with
+// `shared_bytes(params)` has three steps, `stage`, `run` and `flush`, which take that much memory of the block's too:
+// no thread begins a step before all have ended the one before it.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../common/inline.h"
 
@@ -10,6 +13,11 @@ namespace fastib {
 
 // A body says as kBlocks how many blocks a processor should hold at once: as many as its registers allow.
 inline constexpr int kThreads = 128;
+
+template <typename Body, typename = void>
+inline constexpr bool kShares = false;
+template <typename Body>
+inline constexpr bool kShares<Body, std::void_t<decltype(&Body::shared_bytes)>> = true;
 
 // n elements in one access.
 template <typename E, int n>

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "../../kernels/cuda/involution_plan.h"
 
@@ -15,8 +16,19 @@ struct OnHost {
   template <typename Body>
   void operator()(Body, const typename Body::Params& params) {
     const int64_t threads = Body::threads(params), step = kThreads;
-    for (int64_t block = 0; block * step < threads; ++block)
-      for (int thread = 0; thread < step; ++thread) Body::run(params, block, thread);
+    for (int64_t block = 0; block * step < threads; ++block) {
+      const auto each = [&](auto&& step_of) {
+        for (int thread = 0; thread < step; ++thread) step_of(thread);
+      };
+      if constexpr (kShares<Body>) {
+        std::vector<uint32_t> shared(Body::shared_bytes(params) / 4, 0xFFFFFFFFu);  // NaN in every type
+        each([&](int thread) { Body::stage(params, block, thread, shared.data()); });
+        each([&](int thread) { Body::run(params, block, thread, shared.data()); });
+        each([&](int thread) { Body::flush(params, block, thread, shared.data()); });
+      } else {
+        each([&](int thread) { Body::run(params, block, thread); });
+      }
+    }
     names += std::string(__PRETTY_FUNCTION__) + "\n";
   }
 };
