@@ -37,7 +37,8 @@ def check_dtype(op: str, argument: str, tensor: Tensor) -> None:
 
 def is_autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for the device of `x`."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # PyTorch knows no autocast of meta
+    kind = "cpu" if x.is_cpu else x.device.type  # which takes longer to ask for
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # PyTorch knows no autocast of meta
 
 
 def autocast(*tensors: Any) -> Any:
@@ -124,5 +125,6 @@ def grid(op: str, grid_size: Any) -> tuple[int, int]:
 
 
 def default_scale(head_dim: int | torch.SymInt) -> float:
-    """head_dim^-1/2; as a number, since `torch.jit.trace` would take the power of a float32 tensor."""
-    return torch.sym_float(max(head_dim, 1)) ** -0.5
+    """head_dim^-1/2; as a number, where `torch.jit.trace` would take the power of a float32 tensor."""
+    size = max(head_dim, 1)
+    return (torch.sym_float(size) if torch._C._is_tracing() else size) ** -0.5
