@@ -91,7 +91,7 @@ class Bootstrap(Method):
         self.agent = agent_for(
             student, options.shared, form=options.form, pre_norm=options.pre_norm, down_sample=down_sample
         )
-        size = student.patch_embed.img_size
+        size = getattr(student.patch_embed, "img_size", None)
         if size is not None:
             with torch.no_grad():  # raises where the maps become too small
                 image = next(student.parameters()).new_zeros(1, student.patch_embed.proj.in_channels, *size)
