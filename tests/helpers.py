@@ -55,10 +55,10 @@ def _kernels():
     return importlib.import_module("fastib._kernels")
 
 
-def kernel_targets(gpu: str = "triton") -> list[Target]:
-    """Every place where kernels could run: the compiled instruction sets, and the GPU."""
+def kernel_targets(gpu: str | None = None) -> list[Target]:
+    """Every place where kernels could run: the compiled instruction sets, and the GPU with the backend named."""
     isas = _native.build_info().get("cpu_isas_compiled", ["native"]) if _native.lib_available() else ["native"]
-    return [*(Target("cpu", "cpu", isa) for isa in isas), Target(gpu, "cuda")]
+    return [*(Target("cpu", "cpu", isa) for isa in isas), *([Target(gpu, "cuda")] if gpu else [])]
 
 
 def squarest_grid(patches: int) -> tuple[int, int]:

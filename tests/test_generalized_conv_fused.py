@@ -12,7 +12,7 @@ from fastib import _native
 from fastib.ops import generalized_conv
 from fastib.reference import generalized_conv_ref
 
-CPUS = kernel_targets()[:-1]
+CPUS = kernel_targets()
 MODULE = sys.modules["fastib.ops.generalized_conv"]
 pytestmark = pytest.mark.skipif(not _native.lib_available(), reason=_native.why_not() or "-")
 
