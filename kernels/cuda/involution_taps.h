@@ -5,8 +5,6 @@
 // its threads take taps from there; of the gradient they leave taps there, and the block writes words.
 #pragma once
 
-#include <cstring>
-
 #include "involution_tile.h"
 
 namespace fastib::involution_cuda {
