@@ -8,12 +8,12 @@ STABLE_TORCH_LIBRARY(fastib, m) {
       "Tensor direction, Tensor factor)");
   m.def("feature_alignment_backward(Tensor grad, Tensor direction, Tensor factor, int tokens) -> Tensor");
   m.def(
-      "generalized_conv_both(Tensor x, Tensor w_v, Tensor w_o, Tensor? bias, int num_heads, bool keep) -> "
-      "(Tensor out, Tensor values)");
-  m.def("generalized_conv_grad_weight(Tensor grad, Tensor x, bool bias) -> (Tensor grad_weight, Tensor grad_bias)");
+      "generalized_conv(Tensor x, Tensor w_v, Tensor w_o, Tensor? bias, int num_heads, bool keep) -> (Tensor out, "
+      "Tensor values)");
   m.def(
-      "generalized_conv_product(Tensor x, Tensor weight, Tensor? bias, int num_heads, bool inverse, bool transposed) "
-      "-> Tensor");
+      "generalized_conv_backward(Tensor grad, Tensor x, Tensor w_v, Tensor w_o, Tensor values, int num_heads, bool "
+      "need_x, bool need_v, bool need_o, bool need_bias) -> (Tensor grad_x, Tensor grad_w_v, Tensor grad_w_o, Tensor "
+      "grad_bias)");
   m.def("generalized_conv_shift(Tensor x, int num_heads, bool inverse) -> Tensor");
   m.def("involution(Tensor x, Tensor weight, int stride, int dilation) -> Tensor");
   m.def(

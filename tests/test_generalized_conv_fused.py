@@ -1,5 +1,6 @@
 """generalized_conv's own float32 products on the CPU: against float64, on every instruction set."""
 
+import itertools
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ from fastib.reference import generalized_conv_ref
 
 CPUS = kernel_targets()
 MODULE = sys.modules["fastib.ops.generalized_conv"]
+FORMATS = torch.contiguous_format, torch.channels_last
 pytestmark = pytest.mark.skipif(not _native.lib_available(), reason=_native.why_not() or "-")
 
 
@@ -66,7 +68,7 @@ def test_any_shape_and_layout(where, data):
     heads, width = data.draw(st.integers(1, 32)), data.draw(st.sampled_from([1, 2, 3, 7, 8, 16, 24]))
     channels, results = data.draw(st.sampled_from([1, 3, 8, 16, 33])), data.draw(st.sampled_from([1, 5, 16, 40]))
     size = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 33))
-    case = problem(data.draw(st.integers(1, 3)), channels, heads, width, results, size, *data.draw(
+    case = problem(data.draw(st.sampled_from([1, 2, 9])), channels, heads, width, results, size, *data.draw(
         st.tuples(st.booleans(), st.booleans())
     ))  # fmt: skip
     with where.forced():
@@ -74,18 +76,21 @@ def test_any_shape_and_layout(where, data):
 
 
 @pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("batch", [5, 17])
 @pytest.mark.parametrize("where", CPUS, ids=str)
-def test_many_pixels(where, last):
-    """Several blocks an image and several parts of the weight's gradient."""
+def test_many_pixels(where, batch, last):
+    """Several blocks an image and several parts of the weights' gradients, planes a power of two apart among them."""
     if where.why_not():
         pytest.skip(where.why_not())
     with where.forced():
-        check(9, *problem(5, 24, 9, 8, 31, (23, 29), last))
+        check(9, *problem(batch, 24, 9, 8, 31, (23, 29), last))
+        check(9, *problem(batch, 24, 9, 8, 31, (32, 32), last))
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_same_bits_with_any_thread_count(restored_threads, last):
-    inputs, grad_out = problem(5, 24, 9, 8, 40, (23, 29), last)
+@pytest.mark.parametrize("batch", [5, 17])
+def test_same_bits_with_any_thread_count(restored_threads, batch, last):
+    inputs, grad_out = problem(batch, 24, 9, 8, 40, (23, 29), last)
     results = []
     for threads in (1, 2, 2, 3, 8):
         torch.set_num_threads(threads)
@@ -97,20 +102,21 @@ def test_same_bits_with_any_thread_count(restored_threads, last):
 @given(data=st.data())
 @pytest.mark.parametrize("where", CPUS, ids=str)
 def test_image_by_image(where, data):
-    """The same bits as one product after the other."""
+    """Images of a large batch have the bits that they have alone."""
     if where.why_not():
         pytest.skip(where.why_not())
     heads, width = data.draw(st.integers(1, 16)), data.draw(st.sampled_from([1, 3, 8, 16]))
     size = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 33))
     last, with_bias = data.draw(st.tuples(st.booleans(), st.booleans()))
-    (x, w_v, w_o, *rest), _ = problem(3, 5, heads, width, 7, size, last, with_bias)
-    bias = rest[0] if with_bias else None
-    product, both = torch.ops.fastib.generalized_conv_product, torch.ops.fastib.generalized_conv_both
+    inputs, grad_out = problem(8, 5, heads, width, 7, size, last, with_bias)
+    x, *weights = inputs
     with where.forced():
-        values = product(x, w_v, None, heads, False, False)
-        expected = product(values, w_o, bias, 1, False, False)
-        kept, dropped = both(x, w_v, w_o, bias, heads, True), both(x, w_v, w_o, bias, heads, False)
-    assert torch.equal(kept[0], expected) and torch.equal(kept[1], values) and torch.equal(dropped[0], expected)
+        out, grad_x, *_ = run(generalized_conv, heads, inputs, grad_out)
+        assert torch.equal(generalized_conv(x, *weights, *([] if with_bias else [None]), heads), out)
+        for image in (0, 7):
+            here = slice(image, image + 1)
+            alone = run(generalized_conv, heads, [x[here], *weights], grad_out[here])
+            assert torch.equal(alone[0], out[here]) and torch.equal(alone[1], grad_x[here])
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -189,45 +195,64 @@ def test_uninitialised_memory_is_never_read(poisoned_memory, last):
 
 @pytest.mark.parametrize("last", [False, True])
 def test_opcheck(last):
-    (x, w_v, *_), grad_out = problem(2, 6, 9, 2, 7, (5, 6), last)
-    product, grad_weight = torch.ops.fastib.generalized_conv_product, torch.ops.fastib.generalized_conv_grad_weight
+    (x, w_v, w_o, bias), grad_out = problem(1, 6, 9, 2, 7, (5, 6), last)
+    x, grad_out = x.expand(8, -1, -1, -1), grad_out.expand(8, -1, -1, -1)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(product, (x, w_v, None, 9, False, False), test_utils=tests)
-    torch.library.opcheck(product, (x, w_v.T.contiguous(), None, 9, True, True), test_utils=tests)
-    for with_bias in (False, True):
-        both = torch.ops.fastib.generalized_conv_both
-        torch.library.opcheck(both, (x, w_v, w_v.T, None, 9, with_bias), test_utils=tests)
-        torch.library.opcheck(grad_weight, (grad_out, x, with_bias), test_utils=tests)
+    forward, backward = torch.ops.fastib.generalized_conv, torch.ops.fastib.generalized_conv_backward
+    for batch in (2, 8):
+        inputs = x[:batch].contiguous(memory_format=FORMATS[last]), w_v, w_o
+        for keep in (False, True):
+            torch.library.opcheck(forward, (*inputs, bias if keep else None, 9, keep), test_utils=tests)
+        values = forward(*inputs, None, 9, True)[1]
+        for needed in itertools.product((False, True), repeat=4):
+            torch.library.opcheck(backward, (grad_out[:batch], *inputs, values, 9, *needed), test_utils=tests)
 
 
-X, W = torch.zeros(2, 6, 5, 4), torch.zeros(9, 6)
+X, W_V, W_O = torch.zeros(2, 6, 5, 4), torch.zeros(9, 6), torch.zeros(7, 9)
+VALUES = torch.zeros(2 * 20 * 9 + 16)
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    ((torch.zeros(6, 5, 4), W, None, 1, False, False), "x must have shape"),
-    ((X.double(), W, None, 1, False, False), "x must be Float"),
-    ((X, torch.zeros(9), None, 1, False, False), "weight must have two dimensions"),
-    ((X, W.T, None, 1, False, False), "weight must have shape"),
-    ((X, W, None, 1, False, True), "weight must have shape"),
-    ((X, W.double(), None, 1, False, False), "weight must be Float"),
-    ((X, W, None, 2, False, False), "num_heads must be 1 or more and divide 9 channels"),
-    ((X, W, None, 0, False, False), "num_heads must be 1 or more"),
-    ((X, W, None, 2**62, False, False), "num_heads must be 1 or more"),
-    ((X, W, torch.zeros(9), 3, False, False), "bias must be None where num_heads is not 1"),
-    ((X, W, torch.zeros(8), 1, False, False), "bias must have shape"),
+    ((torch.zeros(6, 5, 4), W_V, W_O, None, 1), "x must have shape"),
+    ((X.double(), W_V, W_O, None, 1), "x must be Float"),
+    ((X, torch.zeros(9), W_O, None, 1), "w_v must have two dimensions"),
+    ((X, W_V, torch.zeros(9), None, 1), "w_o must have two dimensions"),
+    ((X, torch.zeros(9, 5), W_O, None, 1), "w_v must have shape"),
+    ((X, W_V, torch.zeros(7, 8), None, 1), "w_o must have shape"),
+    ((X, W_V.double(), W_O, None, 1), "w_v must be Float"),
+    ((X, W_V, W_O.double(), None, 1), "w_o must be Float"),
+    ((X, W_V, W_O, None, 2), "num_heads must be 1 or more and divide the 9 rows of w_v"),
+    ((X, W_V, W_O, None, 0), "num_heads must be 1 or more"),
+    ((X, W_V, W_O, None, 2**62), "num_heads must be 1 or more"),
+    ((X, W_V, W_O, torch.zeros(8), 3), "bias must have shape"),
+    ((X, W_V, W_O, torch.zeros(7).double(), 3), "bias must be Float"),
 ])  # fmt: skip
-def test_the_product_checks_for_itself(args, message):
+def test_the_kernel_checks_for_itself(args, message):
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastib.generalized_conv_product(*args)
+        torch.ops.fastib.generalized_conv(*args, True)
 
 
-@pytest.mark.parametrize(("grad", "x", "message"), [
-    (torch.zeros(6, 5, 4), X, "grad must have shape"),
-    (torch.zeros(2, 7, 5, 3), X, "grad must have the pixels of x"),
-    (torch.zeros(3, 7, 5, 4), X, "grad must have the pixels of x"),
-    (torch.zeros(2, 7, 5, 4).double(), X, "grad must be Float"),
-    (torch.zeros(2, 7, 5, 4), X[0], "x must have shape"),
+@pytest.mark.parametrize(("grad", "x", "values", "message"), [
+    (torch.zeros(7, 5, 4), X, VALUES, "grad must have shape"),
+    (torch.zeros(2, 7, 5, 3), X, VALUES, "grad must have shape"),
+    (torch.zeros(3, 7, 5, 4), X, VALUES, "grad must have shape"),
+    (torch.zeros(2, 7, 5, 4).double(), X, VALUES, "grad must be Float"),
+    (torch.zeros(2, 7, 5, 4), X[0], VALUES, "x must have shape"),
+    (torch.zeros(2, 7, 5, 4), X, VALUES[1:], "values must have shape"),
+    (torch.zeros(2, 7, 5, 4), X, VALUES.double(), "values must be Float"),
 ])  # fmt: skip
-def test_the_gradient_checks_for_itself(grad, x, message):
+def test_the_gradient_checks_for_itself(grad, x, values, message):
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastib.generalized_conv_grad_weight(grad, x, True)
+        torch.ops.fastib.generalized_conv_backward(grad, x, W_V, W_O, values, 9, True, True, True, True)
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 5, 6), (9, 0, 5, 6), (9, 6, 0, 6), (2, 6, 5, 0), (0, 0, 0, 0)])
+@pytest.mark.parametrize("widths", [(9, 7), (0, 7), (9, 0), (0, 0)])
+def test_sizes_of_zero(shape, widths):
+    x, w_v, w_o = torch.ones(shape), torch.ones(widths[0], shape[1]), torch.ones(widths[1], widths[0])
+    bias, grad = torch.ones(widths[1]), torch.ones(shape[0], widths[1], *shape[2:])
+    out, values = torch.ops.fastib.generalized_conv(x, w_v, w_o, bias, 9, True)
+    actual = torch.ops.fastib.generalized_conv_backward(grad, x, w_v, w_o, values, 9, True, True, True, True)
+    expected = value_and_grads(lambda *t: generalized_conv_ref(*t, 9), [x, w_v, w_o, bias], grad)
+    for a, b in zip((out, *actual), expected, strict=True):
+        assert a.shape == b.shape and torch.equal(a, b)

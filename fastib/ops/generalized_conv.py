@@ -14,17 +14,16 @@ from fastib.ops._backend import Op, below_autograd
 from fastib.reference.generalized_conv import generalized_conv_ref
 
 _NAME, _SHIFT = "generalized_conv", "generalized_conv_shift"
-_BOTH, _PRODUCT = "generalized_conv_both", "generalized_conv_product"
-_GRAD_WEIGHT = "generalized_conv_grad_weight"
+_BACKWARD = "generalized_conv_backward"
 _FEW = 20480  # elements up to which PyTorch, with one thread, gives no convolution to oneDNN
-_CACHED = 1 << 18  # elements of an image's values up to which they stay in the second cache between the products
+_SLACK = 16  # elements behind the fused products' values
 SCHEMAS = {
     _SHIFT: "(Tensor x, int num_heads, bool inverse) -> Tensor",
-    _BOTH: (
-        "(Tensor x, Tensor w_v, Tensor w_o, Tensor? bias, int num_heads, bool keep) -> (Tensor out, Tensor values)"
+    _NAME: "(Tensor x, Tensor w_v, Tensor w_o, Tensor? bias, int num_heads, bool keep) -> (Tensor out, Tensor values)",
+    _BACKWARD: (
+        "(Tensor grad, Tensor x, Tensor w_v, Tensor w_o, Tensor values, int num_heads, bool need_x, bool need_v, "
+        "bool need_o, bool need_bias) -> (Tensor grad_x, Tensor grad_w_v, Tensor grad_w_o, Tensor grad_bias)"
     ),
-    _PRODUCT: "(Tensor x, Tensor weight, Tensor? bias, int num_heads, bool inverse, bool transposed) -> Tensor",
-    _GRAD_WEIGHT: "(Tensor grad, Tensor x, bool bias) -> (Tensor grad_weight, Tensor grad_bias)",
 }
 
 
@@ -60,7 +59,8 @@ def generalized_conv(
         return _composed(*inputs, num_heads)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _GeneralizedConv.apply(*inputs, num_heads)
-    return _both(*inputs, num_heads, keep=False)[0]
+    with below_autograd():
+        return _forward(*inputs, num_heads, False)[0]
 
 
 def _fused(x: Tensor) -> bool:
@@ -108,51 +108,42 @@ def _check(x: Tensor, w_v: Tensor, w_o: Tensor, bias: Tensor | None, num_heads: 
 
 def _shift(x: Tensor, num_heads: int, inverse: bool = False) -> Tensor:
     if _backend.is_recorded():
-        return _kernel(x, num_heads, inverse)
+        return _shift_kernel(x, num_heads, inverse)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Shift.apply(x, num_heads, inverse)
     with below_autograd():
-        return _kernel(x, num_heads, inverse)
+        return _shift_kernel(x, num_heads, inverse)
 
 
-_kernel = _backend.register(_SHIFT, SCHEMAS[_SHIFT], lambda x, *_: _backend.empty_image(x, *x.shape[2:]))
+_shift_kernel = _backend.register(_SHIFT, SCHEMAS[_SHIFT], lambda x, *_: _backend.empty_image(x, *x.shape[2:]))
 _OP = Op(_NAME, gpu="cuda", kernel=_SHIFT)
 
 
-def _fake_both(x: Tensor, w_v: Tensor, w_o: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    keep = args[-1]
-    return _fake_product(x, w_o, False), _fake_product(x, w_v, False) if keep else x.new_empty(0)
-
-
-_image_by_image = _backend.register(_BOTH, SCHEMAS[_BOTH], _fake_both)
-_fused_product = _backend.register(
-    _PRODUCT, SCHEMAS[_PRODUCT], lambda x, weight, *args: _fake_product(x, weight, args[-1])
-)
-_grad_weight = _backend.register(
-    _GRAD_WEIGHT,
-    SCHEMAS[_GRAD_WEIGHT],
-    lambda grad, x, bias: (x.new_empty((grad.shape[1], x.shape[1])), x.new_empty((grad.shape[1] if bias else 0,))),
-)
-
-
-def _fake_product(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+def _fake_image(x: Tensor, channels: int) -> Tensor:
     batch, _, rows, columns = x.shape
-    channels = weight.shape[int(transposed)]
     if _backend.channels_last(x):
         return x.new_empty((batch, rows, columns, channels)).permute(0, 3, 1, 2)
     return x.new_empty((batch, channels, rows, columns))
 
 
-def _both(
-    x: Tensor, w_v: Tensor, w_o: Tensor, bias: Tensor | None, num_heads: int, *, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """The result, and the shifted values that its gradient needs, if they are to be kept."""
-    values = w_v.shape[0] * x.shape[2] * x.shape[3]
-    with below_autograd():
-        if x.shape[0] >= 2 * torch.get_num_threads() and values <= _CACHED:
-            return _image_by_image(x, w_v, w_o, bias, num_heads, keep)
-        shifted = _fused_product(x, w_v, None, num_heads, False, False)
-        return _fused_product(shifted, w_o, bias, 1, False, False), shifted
+def _fake_forward(x: Tensor, w_v: Tensor, w_o: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    keep = args[-1]
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return _fake_image(x, w_o.shape[0]), x.new_empty(pixels * w_v.shape[0] + _SLACK if keep else 0)
+
+
+def _fake_backward(grad: Tensor, x: Tensor, w_v: Tensor, w_o: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    need_x, need_v, need_o, need_bias = args[-4:]
+    return (
+        _fake_image(x, x.shape[1]) if need_x else x.new_empty(0),
+        x.new_empty(w_v.shape if need_v else 0),
+        x.new_empty(w_o.shape if need_o or need_bias else 0),
+        x.new_empty(w_o.shape[:1] if need_bias else 0),
+    )
+
+
+_forward = _backend.register(_NAME, SCHEMAS[_NAME], _fake_forward)
+_backward = _backend.register(_BACKWARD, SCHEMAS[_BACKWARD], _fake_backward)
 
 
 class _GeneralizedConv(torch.autograd.Function):
@@ -161,28 +152,20 @@ class _GeneralizedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *inputs, ctx.num_heads = args
-        out, shifted = _both(*inputs, ctx.num_heads, keep=True)
-        ctx.save_for_backward(*inputs, shifted)
+        with below_autograd():
+            out, values = _forward(*args, True)
+        ctx.save_for_backward(*inputs, values)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, shifted = ctx.saved_tensors
+        *inputs, values = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
-            return (*_composed_gradients(inputs, ctx.num_heads, grad, ctx.needs_input_grad), None)
-        x, w_v, w_o, _ = inputs
-        need_x, need_v, need_o, need_bias, _ = ctx.needs_input_grad
-        grad_x = grad_v = grad_o = grad_bias = None
+            return (*_composed_gradients(inputs, ctx.num_heads, grad, needed), None)
         with below_autograd():
-            if need_o or need_bias:
-                grad_o, grad_bias = _grad_weight(grad, shifted, need_bias)
-            if need_x or need_v:
-                grad_values = _fused_product(grad, w_o, None, ctx.num_heads, True, True)
-            if need_v:
-                grad_v, _ = _grad_weight(grad_values, x, False)
-            if need_x:
-                grad_x = _fused_product(grad_values, w_v, None, 1, False, True)
-        return grad_x, grad_v, grad_o, grad_bias if need_bias else None, None
+            gradients = _backward(grad, *inputs[:3], values, ctx.num_heads, *needed)
+        return (*(t if need else None for t, need in zip(gradients, needed, strict=True)), None)
 
 
 def _composed_gradients(
@@ -200,7 +183,7 @@ class _Shift(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, num_heads: int, inverse: bool) -> Tensor:
         ctx.num_heads, ctx.inverse = num_heads, inverse
         with below_autograd():
-            return _kernel(x, num_heads, inverse)
+            return _shift_kernel(x, num_heads, inverse)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -212,7 +195,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _kernel(grad, ctx.num_heads, not ctx.inverse), None, None
+    return _shift_kernel(grad, ctx.num_heads, not ctx.inverse), None, None
 
 
 torch.library.register_autograd(f"fastib::{_SHIFT}", _gradient, setup_context=_save, lib=_backend.LIBRARY)

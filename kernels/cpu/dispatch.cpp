@@ -31,20 +31,18 @@
     (params, begin, end))                                                                                              \
   X(feature_alignment_backward, (const FeatureAlignmentGradParams& params, int64_t begin, int64_t end),                \
     (params, begin, end))                                                                                              \
-  X(generalized_conv_both_pixels, (const GeneralizedConvBothParams& params, int64_t begin, int64_t end),               \
+  X(generalized_conv_back, (const GeneralizedConvProductParams& params, int64_t begin, int64_t end),                   \
     (params, begin, end))                                                                                              \
-  X(generalized_conv_both_planes, (const GeneralizedConvBothParams& params, int64_t begin, int64_t end),               \
+  X(generalized_conv_backward, (const GeneralizedConvGradParams& params, int64_t begin, int64_t end),                  \
     (params, begin, end))                                                                                              \
-  X(generalized_conv_grad_weight_pixels, (const GeneralizedConvWeightParams& params, int64_t begin, int64_t end),      \
+  X(generalized_conv_forward, (const GeneralizedConvProductParams& params, int64_t begin, int64_t end),                \
     (params, begin, end))                                                                                              \
-  X(generalized_conv_grad_weight_planes, (const GeneralizedConvWeightParams& params, int64_t begin, int64_t end),      \
-    (params, begin, end))                                                                                              \
-  X(generalized_conv_pixels, (const GeneralizedConvProductParams& params, int64_t begin, int64_t end),                 \
-    (params, begin, end))                                                                                              \
-  X(generalized_conv_planes, (const GeneralizedConvProductParams& params, int64_t begin, int64_t end),                 \
+  X(generalized_conv_into, (const GeneralizedConvProductParams& params, int64_t begin, int64_t end),                   \
     (params, begin, end))                                                                                              \
   X(generalized_conv_shift, (const GeneralizedConvShiftParams& params, int64_t begin, int64_t end),                    \
     (params, begin, end))                                                                                              \
+  X(generalized_conv_weight, (const GeneralizedConvWeightParams& params, int64_t parts, int64_t begin, int64_t end),   \
+    (params, parts, begin, end))                                                                                       \
   X(head_token_attention_backward, (const HeadTokenAttentionGradParams& params, int64_t begin, int64_t end),           \
     (params, begin, end))                                                                                              \
   X(head_token_attention_forward, (const HeadTokenAttentionParams& params, int64_t begin, int64_t end),                \

@@ -121,4 +121,14 @@ inline void gemm(int64_t M, int64_t vecs, int64_t K, Left<U> a, Right<U> b, Sink
   }
 }
 
+// The same with tiles of another shape, as far as panels of kVecs vectors go.
+template <int kRows, int kVecs, typename U, typename Sink>
+inline void gemm_in_tiles(int64_t M, int64_t vecs, int64_t K, Left<U> a, Right<U> b, Sink sink) {
+  int64_t v = 0;
+  const auto shifted = [sink, &v](int64_t m, int64_t w, Vec<Sum<U>> x) { sink(m, v + w, x); };
+  for (; v + kVecs <= vecs; v += kVecs)
+    tile_rows<kRows, kVecs>(M, K, a, Right<U>{b.p + v * b.vec, b.step, b.vec}, shifted, Nothing{});
+  gemm(M, vecs - v, K, a, Right<U>{b.p + v * b.vec, b.step, b.vec}, shifted);
+}
+
 }  // namespace fastib::FASTIB_ISA_NAMESPACE

@@ -1,73 +1,87 @@
-// The products of generalized convolution on the CPU, in float32: a pixel's channels times a weight, the result of each
-// head going where the head's shift puts it, so that no image is written only to be moved. Images are dense, either
-// with their channels last, (B, rows, columns, C), or in planes, (B, C, rows, columns).
+// The products of generalized convolution on the CPU, in float32 (Bootstrapping ViTs, Eq. 3-4). Three serve it both
+// ways, forward / backward:
 //
-// A unit of work of the product is a block of pixels; units are independent. One of the weight's gradient is a part of
-// the pixels; parts are summed afterwards, and their number is the caller's: the result depends on it and on nothing
-// else.
+//   into    x -> values / grad -> grad_values: a pixel's channels times a weight, the result of each head going where
+//           the head's shift puts it, so that no image is written only to be moved;
+//   back    values -> out / grad_values -> grad_x;
+//   weight  grad with values / x with grad_values, summed over the pixels: the weights' gradients.
+//
+// Outer images (x, out and their gradients) are dense, with their channels last, (B, pixels, N), or in planes,
+// (B, N, pixels). The middle ones (values and their gradient) always have their channels last, (B, pixels, M), with
+// kMiddleSlack more elements behind them, which may be read.
 #pragma once
 
 #include "generalized_conv.h"
 
 namespace fastib {
 
-struct GeneralizedConvProductParams {
+inline constexpr int64_t kMiddleSlack = 16;  // a vector of any instruction set
+
+struct GeneralizedConvSizes {
   int64_t B, rows, columns;
-  int64_t K, N;  // channels of x and of out
-  int64_t H;     // heads of out, N a multiple; with one nothing is shifted
-  bool inverse;
-  bool transposed;        // the weight is (K, N), not (N, K)
-  int64_t weight_stride;  // of its rows; its columns are dense
-  const float *x, *weight;
-  const float* bias;  // (N,) or null; only without a shift
-  float* out;
+  int64_t M, H;        // channels of the middle image, and heads, which divide them
+  bool channels_last;  // of the outer images
+
+  int64_t pixels() const { return rows * columns; }
+};
+
+// Between an outer image's N channels and the middle one's: element (n, m) at p[n * outer + m * inner], one of the
+// strides 1.
+struct GeneralizedConvWeight {
+  const float* p;
+  int64_t N, outer, inner;
+};
+
+struct GeneralizedConvProductParams {
+  GeneralizedConvSizes sizes;
+  const float* from;
+  GeneralizedConvWeight into;
+  bool inverse;  // the shift
+  float* middle;
+  GeneralizedConvWeight back;
+  const float* bias;  // (N,) of `back`, or null
+  float* to;          // or null: not wanted
 };
 
 struct GeneralizedConvWeightParams {
-  int64_t B, pixels;  // of an image
-  int64_t K, N, parts;
-  const float* grad;    // B images of N channels
-  const float* x;       // B images of K channels
-  float* weight_parts;  // (parts, N, K)
-  float* bias_parts;    // (parts, N), or null
+  GeneralizedConvSizes sizes;
+  int64_t N;
+  const float *outer, *middle;
+  bool wanted;
+  float* weight_parts;  // (parts, N, M)
+  float* bias_parts;    // (parts, N), sums of `outer`, or null
 };
 
-inline constexpr int64_t kUnitPixels = 48;    // whole register tiles in every instruction set
-inline constexpr int64_t kBlockPixels = 240;  // at most so many are worked on together
-
-// Pixels of an image are cut into blocks of nearly one size.
-struct PixelBlocks {
-  int64_t pixels, count;
-  explicit PixelBlocks(int64_t pixels) : pixels(pixels), count((pixels + kBlockPixels - 1) / kBlockPixels) {}
-  int64_t first(int64_t block) const { return block * pixels / count; }
+struct GeneralizedConvGradParams {
+  GeneralizedConvProductParams products;
+  GeneralizedConvWeightParams w_v, w_o;
+  int64_t parts;
 };
 
-// Channels last: units of kUnitPixels, all images in a row.
-inline int64_t generalized_conv_pixel_units(const GeneralizedConvProductParams& p) {
-  return (p.B * p.rows * p.columns + kUnitPixels - 1) / kUnitPixels;
+inline constexpr int64_t kBlockPixels = 240;  // at most so many are worked on together: whole tiles everywhere
+
+// All products of some images, one image after the other: what one writes, the next reads from a cache. Forward: of
+// images [begin, end); where `middle` is null, values are not kept. Backward: of the images of parts [begin, end);
+// neither the middle of `products` nor that of `w_v` is used. Parts are summed afterwards, and their number is the
+// caller's: the result depends on it and on nothing else.
+void generalized_conv_forward(const GeneralizedConvProductParams& params, int64_t begin, int64_t end);
+void generalized_conv_backward(const GeneralizedConvGradParams& params, int64_t begin, int64_t end);
+
+// The products one by one, for images too few to share out. Units of the first two are kUnitPixels pixels of an image,
+// those of the third its parts, of blocks of pixels.
+inline constexpr int64_t kUnitPixels = 48;
+inline int64_t generalized_conv_pixel_units(const GeneralizedConvSizes& s) {
+  return s.B * ((s.pixels() + kUnitPixels - 1) / kUnitPixels);
 }
-void generalized_conv_pixels(const GeneralizedConvProductParams& params, int64_t begin, int64_t end);
-
-// Planes: units of one block of one image.
-inline int64_t generalized_conv_plane_units(const GeneralizedConvProductParams& p) {
-  return p.B * PixelBlocks(p.rows * p.columns).count;
+inline int64_t generalized_conv_blocks(const GeneralizedConvSizes& s) {
+  return s.B * ((s.pixels() + kBlockPixels - 1) / kBlockPixels);
 }
-void generalized_conv_planes(const GeneralizedConvProductParams& params, int64_t begin, int64_t end);
+void generalized_conv_into(const GeneralizedConvProductParams& params, int64_t begin, int64_t end);
+void generalized_conv_back(const GeneralizedConvProductParams& params, int64_t begin, int64_t end);
+void generalized_conv_weight(const GeneralizedConvWeightParams& params, int64_t parts, int64_t begin, int64_t end);
 
-// Both products of images [begin, end), one image after the other: `result` reads what `values` has just written, and
-// its x is not used. Where the out of `values` is null they are not kept.
-struct GeneralizedConvBothParams {
-  GeneralizedConvProductParams values, result;
-};
-void generalized_conv_both_pixels(const GeneralizedConvBothParams& params, int64_t begin, int64_t end);
-void generalized_conv_both_planes(const GeneralizedConvBothParams& params, int64_t begin, int64_t end);
-
-// Parts [begin, end) of the weight's gradient.
-void generalized_conv_grad_weight_pixels(const GeneralizedConvWeightParams& params, int64_t begin, int64_t end);
-void generalized_conv_grad_weight_planes(const GeneralizedConvWeightParams& params, int64_t begin, int64_t end);
-
-// Rows [begin, end) of the sum over the parts.
-void generalized_conv_reduce(const GeneralizedConvWeightParams& params, float* grad_weight, float* grad_bias,
-                             int64_t begin, int64_t end);
+// Rows [begin, end) of the sum over the parts; the weight's gradient at grad_weight[n * outer + m * inner].
+void generalized_conv_reduce(const GeneralizedConvWeightParams& params, int64_t parts, float* grad_weight,
+                             int64_t outer, int64_t inner, float* grad_bias, int64_t begin, int64_t end);
 
 }  // namespace fastib

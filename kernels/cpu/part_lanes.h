@@ -54,6 +54,15 @@ inline void store_part(E* p, Vec<Compute<E>> x, int64_t n) {
   for (int64_t l = 0; l < n; ++l) p[l] = part[l];
 }
 
+// Lanes [first, last) to p + first and on.
+inline void store_lanes(float* p, Vec<float> x, int64_t first, int64_t last) {
+#if defined(__AVX512BW__)
+  _mm512_mask_storeu_ps(p, first_lanes(last) & ~first_lanes(first), (__m512)x);
+#else
+  for (int64_t l = first; l < last; ++l) p[l] = x[l];
+#endif
+}
+
 // x as memory would give it back.
 template <typename E>
 inline Vec<Compute<E>> as_stored(Vec<Compute<E>> x) {
