@@ -160,7 +160,7 @@ struct WeightGradient {
                  const Tensor& bias, bool transposed)
       : count(gradient_parts(call)), weight(weight), bias(bias), transposed(transposed) {
     params.sizes = call.sizes, params.N = outer.size(1), params.wanted = weight.dim() == 2;
-    params.outer = outer.const_data_ptr<float>(), params.middle = middle;
+    params.inverse = transposed, params.outer = outer.const_data_ptr<float>(), params.middle = middle;
     if (!params.wanted) return;
     parts = new_empty(call.x, {count, params.N, call.sizes.M}, ScalarType::Float);
     bias_parts = new_empty(call.x, {count, bias.numel()}, ScalarType::Float);

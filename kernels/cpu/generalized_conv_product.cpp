@@ -1,8 +1,8 @@
 // The products of generalized convolution for one instruction set; see generalized_conv_product.h.
 //
-// Floor: 2 N M operations a pixel and product. A block of pixels and the packed weight stay in the second cache while
-// the register tile goes over them. With their channels last, images are read where they lie, by `into` as left operand
-// and by `weight` as both; only `back` into planes packs the middle image, whose pixels become lanes.
+// Floor: 2 N M operations a pixel and product, less a head's part of the rows that its shift takes out of the image. A
+// block of pixels and the packed weight stay in the second cache while the register tile goes over them. Images are
+// read where they lie; those that go into planes are turned block by block.
 #include "generalized_conv_product.h"
 
 #include <new>
@@ -20,11 +20,19 @@ thread_local Scratch scratch;
 constexpr bool kManyRegisters = kVectorRegisters == 32;
 
 // Tiles for operands that come from far: where the left one's steps are dense, few rows of it at a time, so that it is
-// gone through seldom; else as many rows as lie side by side.
+// gone through seldom; else as many rows as lie side by side. A panel is what goes over the left operand at once.
+constexpr int kWidePanel = kManyRegisters ? 6 : 2;
+
+template <typename F>
+void by_panels(int64_t vecs, Left<float> a, F&& f) {
+  const int64_t width = a.step == 1 ? kWidePanel : 2;
+  for (int64_t v = 0; v < vecs; v += width) f(v, smaller(width, vecs - v));
+}
+
 template <typename Sink>
 void product(int64_t M, int64_t vecs, int64_t K, Left<float> a, Right<float> b, Sink sink) {
   if (a.step == 1)
-    gemm_in_tiles<kManyRegisters ? 4 : 6, kManyRegisters ? 6 : 2>(M, vecs, K, a, b, sink);
+    gemm_in_tiles<kManyRegisters ? 4 : 6, kWidePanel>(M, vecs, K, a, b, sink);
   else
     gemm_in_tiles<kManyRegisters ? 14 : 6, 2>(M, vecs, K, a, b, sink);
 }
@@ -78,6 +86,57 @@ class OuterBlocks {
   float* copy_;
 };
 
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end > begin ? end - begin : 0; }
+  Range and_in(int64_t first, int64_t last) const { return {begin > first ? begin : first, smaller(end, last)}; }
+};
+
+// What the shift leaves out: rows of the image that it takes out of it, or has nothing to fill with. Heads go through
+// the window row by row, so that those left are neighbours.
+class Edges {
+ public:
+  // Of the middle image; of the image that is shifted, with `inverse` turned round.
+  Edges(const GeneralizedConvSizes& s, bool inverse)
+      : s_(s), window_(generalized_conv_window(s.H)), inverse_(inverse) {}
+
+  // Pixels of the vectors [v, v + n) of the middle image.
+  Range pixels(int64_t v, int64_t n) const {
+    const int64_t D = s_.M / s_.H, last = smaller((v + n) * W, s_.M) - 1;
+    const int64_t a = offset(v * W / D), b = offset(last / D), least = smaller(a, b), most = a + b - least;
+    const int64_t begin = most < 0 ? -most : 0, end = s_.rows - (least > 0 ? least : 0);
+    return {begin * s_.columns, end * s_.columns};
+  }
+
+  // f(pixels, channels) of the pixels [first, last), as many together as have the same channels of the middle image.
+  template <typename F>
+  void channels(int64_t first, int64_t last, F&& f) const {
+    for (int64_t row = first / s_.columns; row * s_.columns < last;) {
+      const Range here = heads(row);
+      int64_t next = row + 1;
+      while (next < s_.rows && heads(next).begin == here.begin && heads(next).end == here.end) ++next;
+      const int64_t D = s_.M / s_.H;
+      f(Range{row * s_.columns, next * s_.columns}.and_in(first, last), Range{here.begin * D, here.end * D});
+      row = next;
+    }
+  }
+
+ private:
+  int64_t offset(int64_t head) const { return generalized_conv_offset(window_, head, inverse_).row; }
+
+  Range heads(int64_t row) const {
+    Range range{0, s_.H};
+    while (range.begin < s_.H && outside(row + offset(range.begin))) ++range.begin;
+    while (range.end > range.begin && outside(row + offset(range.end - 1))) --range.end;
+    return range;
+  }
+  bool outside(int64_t row) const { return row < 0 || row >= s_.rows; }
+
+  GeneralizedConvSizes s_;
+  int64_t window_;
+  bool inverse_;
+};
+
 // f(first, last) of blocks of the pixels [begin, end).
 template <typename F>
 void by_blocks(int64_t begin, int64_t end, F&& f) {
@@ -99,6 +158,7 @@ class Into {
         D_(s_.M / s_.H),
         vecs_(divide_up(s_.M, W)),
         inverse_(p.inverse),
+        edges_(s_, !p.inverse),
         blocks_(s_, N_),
         weight_(scratch.take<float>(vecs_ * N_ * W)),
         places_(scratch.take<int64_t>(s_.pixels() * s_.H)),
@@ -119,8 +179,13 @@ class Into {
         std::memset(middle + pixel * s_.M + head * D_, 0, D_ * sizeof(float));
     });
     by_blocks(begin, end, [&](int64_t first, int64_t last) {
-      product(last - first, vecs_, N_, blocks_.pixels(from, first, last), Right<float>{weight_, W, W * N_},
-              [this, middle, first](int64_t m, int64_t v, Vec<float> sum) { put(middle, first + m, v, sum); });
+      const Left<float> left = blocks_.pixels(from, first, last);
+      by_panels(vecs_, left, [&](int64_t v, int64_t n) {
+        const Range needed = edges_.pixels(v, n).and_in(first, last);
+        product(needed.size(), n, N_, Left<float>{left.p + (needed.begin - first) * left.row, left.row, left.step},
+                Right<float>{weight_ + v * W * N_, W, W * N_},
+                [&](int64_t m, int64_t w, Vec<float> sum) { put(middle, needed.begin + m, v + w, sum); });
+      });
     });
   }
 
@@ -162,6 +227,7 @@ class Into {
   GeneralizedConvSizes s_;
   int64_t N_, D_, vecs_;
   bool inverse_;
+  Edges edges_;
   OuterBlocks blocks_;
   float* weight_;
   int64_t* places_;  // (pixels, H): where the shift takes a pixel, -1 for nowhere
@@ -170,55 +236,70 @@ class Into {
 
 class Back {
  public:
-  static int64_t bytes(const GeneralizedConvProductParams& p) { return Scratch::padded_bytes<float>(room(p)); }
+  static int64_t bytes(const GeneralizedConvProductParams& p) {
+    const int64_t lanes = round_to_lanes<float>(p.back.N);
+    return Scratch::padded_bytes<float>(lanes * p.sizes.M) +
+           Scratch::padded_bytes<float>(lanes * block_pixels(p.sizes));
+  }
 
   // Takes bytes(p) of the scratch memory.
   explicit Back(const GeneralizedConvProductParams& p)
-      : s_(p.sizes), weight_(p.back), bias_(p.bias), packed_(scratch.take<float>(room(p))) {
-    if (s_.channels_last) pack_right(packed_, weight_.p, weight_.N, weight_.outer, s_.M, weight_.inner);
+      : s_(p.sizes),
+        N_(p.back.N),
+        lanes_(round_to_lanes<float>(N_)),
+        edges_(s_, p.inverse),
+        bias_(p.bias),
+        weight_(scratch.take<float>(lanes_ * s_.M)),
+        block_(scratch.take<float>(lanes_ * block_pixels(s_))) {
+    pack_right(weight_, p.back.p, N_, p.back.outer, s_.M, p.back.inner);
   }
   Back(const Back&) = delete;
 
   // Pixels [begin, end) of one image.
   void operator()(const float* middle, float* to, int64_t begin, int64_t end) const {
     by_blocks(begin, end, [&](int64_t first, int64_t last) {
-      const Rows<const float> rows{middle + first * s_.M, s_.M};
-      if (s_.channels_last)
-        pixels(rows, to + first * weight_.N, last - first);
-      else
-        planes(rows, to + first, last - first);
+      if (s_.channels_last) return pixels(middle, first, last, to + first * N_, N_);
+      pixels(middle, first, last, block_, lanes_);
+      turn(last - first, to + first);
     });
   }
 
  private:
-  // The packed weight, or a packed block of pixels.
-  static int64_t room(const GeneralizedConvProductParams& p) {
-    const int64_t lanes = p.sizes.channels_last ? p.back.N : smaller(p.sizes.pixels(), kBlockPixels);
-    return round_to_lanes<float>(lanes) * p.sizes.M;
+  // Of a block that is turned into planes.
+  static int64_t block_pixels(const GeneralizedConvSizes& s) {
+    return s.channels_last ? 0 : smaller(s.pixels(), kBlockPixels);
   }
 
-  void pixels(Rows<const float> rows, float* to, int64_t n) const {
-    product(n, divide_up(weight_.N, W), s_.M, Left<float>{rows.p, rows.stride, 1}, Right<float>{packed_, W, W * s_.M},
-            [this, to](int64_t m, int64_t v, Vec<float> sum) {
-              const int64_t lanes = weight_.N - v * W;
-              if (bias_) sum += load_part(bias_ + v * W, lanes);
-              store_part(to + m * weight_.N + v * W, sum, lanes);
-            });
+  // A block of pixels, `stride` apart in `to`.
+  void pixels(const float* middle, int64_t first, int64_t last, float* to, int64_t stride) const {
+    edges_.channels(first, last, [&](Range pixels, Range channels) {
+      float* out = to + (pixels.begin - first) * stride;
+      product(pixels.size(), lanes_ / W, channels.size(),
+              Left<float>{middle + pixels.begin * s_.M + channels.begin, s_.M, 1},
+              Right<float>{weight_ + channels.begin * W, W, W * s_.M}, [&](int64_t m, int64_t v, Vec<float> sum) {
+                const int64_t lanes = N_ - v * W;
+                if (bias_) sum += load_part(bias_ + v * W, lanes);
+                store_part(out + m * stride + v * W, sum, lanes);
+              });
+    });
   }
 
-  void planes(Rows<const float> rows, float* to, int64_t n) const {
-    pack_columns(packed_, rows, n, s_.M);
-    gemm(weight_.N, divide_up(n, W), s_.M, Left<float>{weight_.p, weight_.outer, weight_.inner},
-         Right<float>{packed_, W, W * s_.M}, [this, to, n](int64_t m, int64_t v, Vec<float> sum) {
-           if (bias_) sum += bias_[m];
-           store_part(to + m * s_.pixels() + v * W, sum, n - v * W);
-         });
+  // The block's n pixels into planes.
+  void turn(int64_t n, float* to) const {
+    for (int64_t c = 0; c < N_; c += W)
+      for (int64_t i = 0; i < n; i += W) {
+        Vec<float> square[W] = {};
+        for (int l = 0; l < W && i + l < n; ++l) square[l] = load(block_ + (i + l) * lanes_ + c);
+        transpose<float>(square);
+        for (int l = 0; l < W && c + l < N_; ++l) store_part(to + (c + l) * s_.pixels() + i, square[l], n - i);
+      }
   }
 
   GeneralizedConvSizes s_;
-  GeneralizedConvWeight weight_;
+  int64_t N_, lanes_;
+  Edges edges_;
   const float* bias_;
-  float* packed_;
+  float *weight_, *block_;
 };
 
 // One part of a weight's gradient, summed block by block.
@@ -227,6 +308,7 @@ class WeightSum {
   WeightSum(const GeneralizedConvWeightParams& p, const OuterBlocks& blocks, int64_t part)
       : s_(p.sizes),
         blocks_(blocks),
+        edges_(s_, p.inverse),
         N_(p.N),
         weight_(p.weight_parts + part * p.N * s_.M),
         bias_(p.bias_parts ? p.bias_parts + part * p.N : nullptr) {}
@@ -234,9 +316,13 @@ class WeightSum {
   // Pixels [first, last) of one image, one block.
   void add(const float* outer, const float* middle, int64_t first, int64_t last) {
     const Left<float> left = blocks_.channels(outer, first, last);
-    gemm_in_tiles<kManyRegisters ? 14 : 6, 2>(
-        N_, divide_up(s_.M, W), last - first, left, Right<float>{middle + first * s_.M, s_.M, W},
-        [this](int64_t m, int64_t v, Vec<float> x) { put(weight_ + m * s_.M + v * W, x, s_.M - v * W); });
+    by_panels(divide_up(s_.M, W), left, [&](int64_t v, int64_t n) {
+      const Range filled = edges_.pixels(v, n).and_in(first, last);
+      product(N_, n, filled.size(), Left<float>{left.p + (filled.begin - first) * left.step, left.row, left.step},
+              Right<float>{middle + filled.begin * s_.M + v * W, s_.M, W}, [&](int64_t m, int64_t w, Vec<float> x) {
+                put(weight_ + m * s_.M + (v + w) * W, x, s_.M - (v + w) * W);
+              });
+    });
     if (bias_) add_bias(left, last - first);
     empty_ = false;
   }
@@ -265,6 +351,7 @@ class WeightSum {
 
   GeneralizedConvSizes s_;
   const OuterBlocks& blocks_;
+  Edges edges_;
   int64_t N_;
   float *weight_, *bias_;
   bool empty_ = true;

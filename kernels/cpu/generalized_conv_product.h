@@ -46,6 +46,7 @@ struct GeneralizedConvProductParams {
 struct GeneralizedConvWeightParams {
   GeneralizedConvSizes sizes;
   int64_t N;
+  bool inverse;  // the shift that filled the middle image
   const float *outer, *middle;
   bool wanted;
   float* weight_parts;  // (parts, N, M)

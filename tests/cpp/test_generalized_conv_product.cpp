@@ -135,8 +135,8 @@ void run(const Case& c, int64_t parts) {
     std::vector<float> to_x(images * c.C, NAN), v_sum(c.C * M), o_sum(c.O * M + c.O), grad_middle(images * M + slack);
     backward.to = to_x.data();
     p.products = backward, p.parts = parts;
-    p.w_v = {backward.sizes, c.C, x.data(), nullptr, true, v_parts.data(), nullptr};
-    p.w_o = {backward.sizes, c.O, grad.data(), middle.data(), true, o_parts.data(), bias_parts.data()};
+    p.w_v = {backward.sizes, c.C, true, x.data(), nullptr, true, v_parts.data(), nullptr};
+    p.w_o = {backward.sizes, c.O, false, grad.data(), middle.data(), true, o_parts.data(), bias_parts.data()};
     // w_v's gradient goes to (M, C), w_o's to (O, M), the bias' behind it.
     const auto sum = [&](int64_t count) {
       std::fill(v_sum.begin(), v_sum.end(), NAN), std::fill(o_sum.begin(), o_sum.end(), NAN);
