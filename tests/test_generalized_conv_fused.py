@@ -177,6 +177,24 @@ def test_second_derivatives(last):
 
 
 @pytest.mark.parametrize("last", [False, True])
+def test_second_derivatives_of_inputs_that_depend_on_each_other(last):
+    """One tensor as both weights, one made of the other, and weights that x was made with."""
+    (x, weight, _), _ = problem(2, 6, 3, 2, 6, (5, 6), last, bias=False)
+
+    def first_and_second(function, x, weight):
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        x, weight = leaves
+        hidden = function(x, weight, weight, None, 3)
+        out = function(hidden, weight, (2 * weight).sin(), None, 3)
+        first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+        return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    exact = first_and_second(generalized_conv_ref, x.double(), weight.double())
+    for a, b in zip(first_and_second(generalized_conv, x, weight), exact, strict=True):
+        assert max_error(a, b) <= 1e-5 * b.abs().max().item()
+
+
+@pytest.mark.parametrize("last", [False, True])
 def test_nan_stays_where_it_is(last):
     """A pixel that is not a number reaches the results that it is summed into, and no others."""
     (x, *weights), _ = problem(1, 6, 9, 2, 7, (5, 6), last)

@@ -171,9 +171,10 @@ class _GeneralizedConv(torch.autograd.Function):
 def _composed_gradients(
     inputs: list[Tensor | None], num_heads: int, grad: Tensor, needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    wanted = [t for t, need in zip(inputs, needed, strict=False) if need]
-    found = iter(torch.autograd.grad(_composed(*inputs, num_heads), wanted, grad, create_graph=True))
-    return [next(found) if need else None for _, need in zip(inputs, needed, strict=False)]
+    views = [t if t is None else t.view_as(t) for t in inputs]  # of which none depends on another
+    wanted = [t for t, need in zip(views, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(_composed(*views, num_heads), wanted, grad, create_graph=True))
+    return [next(found) if need else None for need in needed]
 
 
 class _Shift(torch.autograd.Function):
