@@ -124,8 +124,7 @@ void compute(void (*product)(const GeneralizedConvProductParams&, int64_t, int64
 std::tuple<Tensor, Tensor> forward(Tensor x, Tensor w_v, Tensor w_o, std::optional<Tensor> bias, int64_t num_heads,
                                    bool keep) {
   const ProductCall call(x, w_v, w_o, num_heads);
-  if (bias) check_cpu_tensor(*bias, "bias", ScalarType::Float, {call.O});
-  if (bias) bias = dense(*bias);
+  if (bias) check_cpu_tensor(*bias, "bias", ScalarType::Float, {call.O}), bias = dense(*bias);
   const Tensor out = call.image(call.O), none = new_empty(call.x, {0}, ScalarType::Float);
   const bool one_image_each = call.sizes.B >= 2 * torch::stable::get_num_threads();
   const Tensor values = keep || !one_image_each ? call.middle() : none;
@@ -185,14 +184,14 @@ struct WeightGradient {
   }
 };
 
-// Those not needed are empty.
+// Those not needed are empty; values are read for grad_w_o and grad_bias alone.
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor w_v, Tensor w_o, Tensor values,
                                                     int64_t num_heads, bool need_x, bool need_v, bool need_o,
                                                     bool need_bias) {
   const ProductCall call(x, w_v, w_o, num_heads);
   const GeneralizedConvSizes& s = call.sizes;
   grad = dense_in_order(grad, "grad", {s.B, call.O, s.rows, s.columns}, call.order);
-  check_cpu_tensor(values, "values", ScalarType::Float, {call.middle_elements()});
+  if (need_o || need_bias) check_cpu_tensor(values, "values", ScalarType::Float, {call.middle_elements()});
   values = dense(values);
   const auto none = [&] { return new_empty(call.x, {0}, ScalarType::Float); };
   Tensor grad_v = need_v ? new_empty(call.x, {s.M, call.C}, ScalarType::Float) : none();

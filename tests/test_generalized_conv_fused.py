@@ -162,6 +162,24 @@ def test_only_some_gradients(last):
         assert torch.equal(leaves[index].grad, expected)
 
 
+@pytest.mark.parametrize("batch", [2, 9])
+def test_values_are_kept_only_where_a_gradient_needs_them(batch):
+    inputs, grad_out = problem(batch, 6, 9, 2, 7, (5, 6))
+    _, *grads = run(generalized_conv, 9, inputs, grad_out)
+    for needed in itertools.product((False, True), repeat=4):
+        if not any(needed):
+            continue
+        leaves = [t.clone().requires_grad_(need) for t, need in zip(inputs, needed, strict=True)]
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            out = generalized_conv(*leaves, 9)
+        values = sum(t.numel() for t in kept) - sum(t.numel() for t in inputs)
+        assert values == (batch * 5 * 6 * 9 * 2 + 16 if any(needed[2:]) else 0)
+        out.backward(grad_out)
+        for leaf, need, expected in zip(leaves, needed, grads, strict=True):
+            assert torch.equal(leaf.grad, expected) if need else leaf.grad is None
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_second_derivatives(last):
     inputs, grad_out = problem(2, 6, 4, 3, 7, (5, 6), last)

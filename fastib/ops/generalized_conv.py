@@ -152,8 +152,9 @@ class _GeneralizedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *inputs, ctx.num_heads = args
+        _, _, *of_values, _ = ctx.needs_input_grad
         with below_autograd():
-            out, values = _forward(*args, True)
+            out, values = _forward(*args, any(of_values))
         ctx.save_for_backward(*inputs, values)
         return out
 
