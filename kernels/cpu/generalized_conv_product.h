@@ -59,7 +59,7 @@ struct GeneralizedConvGradParams {
   int64_t parts;
 };
 
-inline constexpr int64_t kBlockPixels = 240;  // at most so many are worked on together: whole tiles everywhere
+inline constexpr int64_t kBlockPixels = 240;  // together, at most: whole vectors, and whole tiles of most shapes
 
 // All products of some images, one image after the other: what one writes, the next reads from a cache. Forward: of
 // images [begin, end); where `middle` is null, values are not kept. Backward: of the images of parts [begin, end);
