@@ -115,8 +115,8 @@ void in_parallel(int64_t n, const F& f) {
 }
 
 // One of the products by itself.
-void compute(void (*product)(const GeneralizedConvProductParams&, int64_t, int64_t),
-             const GeneralizedConvProductParams& p) {
+void run(void (*product)(const GeneralizedConvProductParams&, int64_t, int64_t),
+         const GeneralizedConvProductParams& p) {
   in_parallel(generalized_conv_pixel_units(p.sizes), [&](int64_t begin, int64_t end) { product(p, begin, end); });
 }
 
@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor w_v, Tensor w_o, std::option
   if (one_image_each)
     in_parallel(p.sizes.B, [&](int64_t begin, int64_t end) { generalized_conv_forward(p, begin, end); });
   else
-    compute(generalized_conv_into, p), compute(generalized_conv_back, p);
+    run(generalized_conv_into, p), run(generalized_conv_back, p);
   return {out, keep ? values : none};
 }
 
@@ -227,10 +227,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tenso
   if (!need_x && !need_v) return {none(), grad_v, grad_o, grad_bias};
   const Tensor grad_values = call.middle();
   products.middle = grad_values.mutable_data_ptr<float>();
-  compute(generalized_conv_into, products);
+  run(generalized_conv_into, products);
   of_v(products.middle).compute();  // its parts are gone before grad_x takes memory
   const Tensor grad_x = make_grad_x();
-  if (need_x) compute(generalized_conv_back, products);
+  if (need_x) run(generalized_conv_back, products);
   return {grad_x, grad_v, grad_o, grad_bias};
 }
 

@@ -310,7 +310,7 @@ class WeightSum {
         blocks_(blocks),
         edges_(s_, p.inverse),
         N_(p.N),
-        weight_(p.weight_parts + part * p.N * s_.M),
+        weight_(p.wanted ? p.weight_parts + part * p.N * s_.M : nullptr),
         bias_(p.bias_parts ? p.bias_parts + part * p.N : nullptr) {}
 
   // Pixels [first, last) of one image, one block.
