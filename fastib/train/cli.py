@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=_train)
     evaluate = commands.add_parser("eval", help="evaluate the student of a finished run")
     evaluate.add_argument("folder", metavar="RUN")
-    evaluate.add_argument("--data", help="another folder of images with the same classes")
+    evaluate.add_argument("--data", help="another folder of images with the same classes, by name")
     evaluate.add_argument("--localization", metavar="BOXES", help=(
         "how well the averaged attention maps find the objects of --data, a folder of images: MaxBoxAcc for the boxes "
         "of a CSV file with the columns image,x0,y0,x1,y1, in pixels"))  # fmt: skip

@@ -72,6 +72,7 @@ class DataConfig:
     img_size: int | None = None  # None: 8 for digits, 32 for CIFAR, 224 otherwise
     in_chans: int | None = None  # None: 1 for digits, 3 otherwise
     num_classes: int | None = None  # None: as the data set says
+    classes: list[str] | None = None  # their names; None: as the data set says, and kept in the run's config.yaml
     mean: list[float] | None = None  # None: ImageNet's, or those of the digits
     std: list[float] | None = None
     batch_size: int = 128

@@ -130,7 +130,8 @@ def build_data(config: DataConfig, seed: int = 0, rank: int = 0) -> Data:
     """Open the data sets that `config` names, and fill its None fields (sizes, classes, mean, std).
 
     Raises:
-        DataError: a missing path, a path without classes, an empty class, splits or ``num_classes`` that disagree.
+        DataError: a missing path, a path without classes, an empty class, splits, ``num_classes`` or ``classes`` that
+            disagree.
     """
     small = config.name == "digits"
     config.img_size = config.img_size or (8 if small else 32 if config.name in cifar.NAMES else 224)
@@ -149,7 +150,7 @@ def build_data(config: DataConfig, seed: int = 0, rank: int = 0) -> Data:
 
 def _digits(config: DataConfig, seed: int) -> Data:
     labels = digits.load_digits().target
-    _set_classes(config, 10, "the digits")
+    _set_classes(config, [str(digit) for digit in range(10)], 10, "the digits")
     train, test = train_test_split(np.arange(len(labels)), test_size=digits.TEST_IMAGES, stratify=labels,
                                    random_state=config.split_seed)  # fmt: skip
     train = train[_subset(labels[train], config)]
@@ -164,7 +165,7 @@ def _images(config: DataConfig, seed: int, rank: int) -> Data:
                        ((config.train_split, True), (config.eval_split, False)))  # fmt: skip
     if config.name == "folder":
         _check_splits(config, train.reader.root, held_out.reader.root)
-    _set_classes(config, _count_classes(train, held_out, config), config.path or config.name)
+    _set_classes(config, *_find_classes(train, held_out, config), config.path or config.name)
     transforms = _transform(config, True), _transform(config, False)
     if isinstance(train, IterableDataset):
         if config.train_fraction < 1:
@@ -230,23 +231,37 @@ def _check_folder(root: Path, classes: dict[str, int]) -> None:
             raise DataError(f"the class folder {folder} holds no images")
 
 
-def _count_classes(train, held_out, config: DataConfig) -> int | None:
-    names = [getattr(getattr(d, "reader", None), "class_to_idx", None) or getattr(d, "class_to_idx", None)
-             for d in (train, held_out)]  # fmt: skip
-    if all(names) and names[0] != names[1]:
-        odd = sorted(map(str, set(names[0]) ^ set(names[1])))
-        raise DataError(f"the training and test images of {config.path} differ in these classes: {', '.join(odd[:10])}")
-    if names[0]:
-        return len(names[0])
-    return len(train.classes) if getattr(train, "classes", None) else None
+def _find_classes(train, held_out, config: DataConfig) -> tuple[list[str] | None, int | None]:
+    """Names of the classes in the order of their labels, and how many, where the data sets tell."""
+    numbers = [getattr(getattr(d, "reader", None), "class_to_idx", None) or getattr(d, "class_to_idx", None)
+               for d in (train, held_out)]  # fmt: skip
+    if all(numbers) and numbers[0] != numbers[1]:
+        odd = sorted(map(str, set(numbers[0]) ^ set(numbers[1])))
+        raise DataError(f"the training and test images of {config.path} differ in these classes: {_some(odd)}")
+    if numbers[0]:
+        return [str(name) for name in sorted(numbers[0], key=numbers[0].get)], len(numbers[0])
+    return None, len(train.classes) if getattr(train, "classes", None) else None
 
 
-def _set_classes(config: DataConfig, found: int | None, where: str) -> None:
+def _set_classes(config: DataConfig, names: list[str] | None, found: int | None, where: str) -> None:
+    if None not in (names, config.classes) and names != config.classes:
+        differences = {
+            "missing": [name for name in config.classes if name not in names],
+            "unknown": [name for name in names if name not in config.classes],
+        }
+        parts = [f"{kind}: {_some(odd)}" for kind, odd in differences.items() if odd]
+        parts = parts or [f"the same in another order: {_some(names)}; expected: {_some(config.classes)}"]
+        raise DataError(f"the classes of {where} are not those of the run (data.classes): {'; '.join(parts)}")
     if found is None and config.num_classes is None:
         raise DataError(f"{where} does not tell how many classes it has: set data.num_classes")
     if None not in (found, config.num_classes) and found != config.num_classes:
         raise DataError(f"data.num_classes={config.num_classes}, but {where} has {found} classes")
     config.num_classes = config.num_classes or found
+    config.classes = config.classes or names
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _labels(dataset) -> np.ndarray:
@@ -284,11 +299,14 @@ def _transform(config: DataConfig, training: bool):
     }  # fmt: skip
     if not training:
         return create_transform(**options, crop_pct=config.crop_pct)
-    transform = create_transform(
-        **options, scale=tuple(a.scale), ratio=tuple(a.ratio), hflip=a.hflip, vflip=a.vflip,
-        color_jitter=a.color_jitter, auto_augment=a.auto_augment,
-        re_prob=a.reprob, re_mode=a.remode, re_count=a.recount,
-    )  # fmt: skip
+    try:
+        transform = create_transform(
+            **options, scale=tuple(a.scale), ratio=tuple(a.ratio), hflip=a.hflip, vflip=a.vflip,
+            color_jitter=a.color_jitter, auto_augment=a.auto_augment,
+            re_prob=a.reprob, re_mode=a.remode, re_count=a.recount,
+        )  # fmt: skip
+    except (AssertionError, KeyError, ValueError) as error:
+        raise DataError(f"data.augment.auto_augment={a.auto_augment}: {error}") from error
     if a.crop_padding is not None:
         transform.transforms[0] = PaddedCrop(a.crop_padding, config.img_size, a.interpolation)
     return transform

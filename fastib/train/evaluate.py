@@ -75,7 +75,8 @@ def evaluate_run(folder: Path, data: str | None = None) -> dict:
     Beside loss, top1 and top5 there are the tables of the run's method, see `Method.measure`; they are left out with a
     warning where a teacher is not there any more.
 
-    Raises CheckpointError where the run has no student yet, DataError where the classes differ.
+    Raises CheckpointError where the run has no student yet, DataError where the classes differ in number or, as far as
+    they are known, in name or order.
     """
     config = read_config(folder / CONFIG)
     if data is not None:

@@ -9,7 +9,7 @@ from PIL import Image
 import fastib
 import fastib.train.evaluate as module
 from fastib.train.cli import main
-from fastib.train.config import save_config
+from fastib.train.config import read_config, save_config
 from fastib.train.loop import train
 
 
@@ -110,3 +110,32 @@ def test_all_images_of_another_folder_are_evaluated(tiny, tmp_path, monkeypatch)
     for data in (None, str(tmp_path / "images"), str(tmp_path / "others")):
         module.evaluate_run(tmp_path / "run", data)
     assert seen == [4, 4, 8]
+
+
+def test_other_images_must_have_the_classes_of_the_run_by_name(tiny, tmp_path, capsys):
+    """Names that YAML reads as numbers or truth values stay names; a run that does not know them compares numbers."""
+    for name, labels in (("images", ("007", "no")), ("others", ("007", "yes")), ("more", ("007", "no", "yes"))):
+        for label in labels:
+            (tmp_path / name / label).mkdir(parents=True)
+            for i in range(10):
+                Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / name / label / f"{i}.png")
+    train(tiny("data.name=folder", f"data.path={tmp_path / 'images'}", "data.batch_size=2", "data.workers=0",
+               "data.train_fraction=1", "epochs=1"))  # fmt: skip
+    run, wrong = str(tmp_path / "run"), "are not those of the run (data.classes): "
+    assert read_config(tmp_path / "run" / "config.yaml").data.classes == ["007", "no"]
+    assert main(["eval", run, "--data", str(tmp_path / "images")]) == 0
+    capsys.readouterr()
+    for other, difference in (("others", "missing: no; unknown: yes"), ("more", "unknown: yes")):
+        assert main(["eval", run, "--data", str(tmp_path / other)]) == 1
+        assert capsys.readouterr().err == f"error: the classes of {tmp_path / other} {wrong}{difference}\n"
+    assert main(["eval", run, "--data", "digits"]) == 1
+    assert capsys.readouterr().err == (
+        f"error: the classes of the digits {wrong}missing: 007, no; unknown: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n"
+    )
+    (tmp_path / "images" / "no").rename(tmp_path / "images" / "yes")
+    assert main(["train", "--resume", run]) == 1
+    assert "missing: no; unknown: yes" in capsys.readouterr().err
+    config = read_config(tmp_path / "run" / "config.yaml")
+    config.data.classes = None  # a run of an earlier version
+    save_config(config, tmp_path / "run" / "config.yaml")
+    assert main(["eval", run, "--data", str(tmp_path / "others")]) == 0
