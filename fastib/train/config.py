@@ -38,9 +38,9 @@ class AugmentConfig:
     vflip: float = 0.0
     color_jitter: float = 0.4
     auto_augment: str | None = None  # for example rand-m9-mstd0.5-inc1
-    interpolation: str = "bicubic"
+    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"] = "bicubic"
     reprob: float = 0.0
-    remode: str = "pixel"
+    remode: Literal["const", "rand", "pixel"] = "pixel"
     recount: int = 1
     repeats: int = 1  # repeated augmentation: copies of an image among the samples of one epoch
 
@@ -288,24 +288,27 @@ def check(config: TrainConfig) -> None:
             "eval_every": config.eval_every, "log_every": config.log_every, "checkpoint.keep": checkpoint.keep,
             "data.batch_size": data.batch_size, "data.eval_batch_size": data.eval_batch_size,
             "data.img_size": data.img_size, "data.in_chans": data.in_chans, "data.num_classes": data.num_classes,
-            "data.augment.repeats": augment.repeats,
+            "data.augment.repeats": augment.repeats, "data.augment.recount": augment.recount,
         }),
         ("at least 0", lambda value: value >= 0, {
             "optim.weight_decay": config.optim.weight_decay, "sched.warmup_epochs": sched.warmup_epochs,
             "sched.cooldown_epochs": sched.cooldown_epochs, "checkpoint.every_epochs": checkpoint.every_epochs,
             "checkpoint.every_steps": checkpoint.every_steps, "data.workers": data.workers,
             "data.augment.mixup": augment.mixup, "data.augment.cutmix": augment.cutmix,
-            "data.augment.crop_padding": augment.crop_padding,
+            "data.augment.crop_padding": augment.crop_padding, "data.augment.color_jitter": augment.color_jitter,
+            "sched.min_lr": sched.min_lr, "sched.warmup_lr": sched.warmup_lr,
         }),
         ("above 0", lambda value: value > 0, {
-            "clip_grad": config.clip_grad, "sched.decay_epochs": sched.decay_epochs,
+            "clip_grad": config.clip_grad, "sched.decay_epochs": sched.decay_epochs, "data.crop_pct": data.crop_pct,
+            "data.std": min(data.std) if data.std else None,
         }),
         ("in (0, 1]", lambda value: 0 < value <= 1, {"data.train_fraction": data.train_fraction}),
         ("in (0, 1)", lambda value: 0 < value < 1, {"data.eval_fraction": data.eval_fraction}),
-        ("in [0, 1)", lambda value: 0 <= value < 1, {"ema.decay": config.ema.decay}),
+        ("in [0, 1)", lambda value: 0 <= value < 1, {"ema.decay": config.ema.decay, "data.augment.zoom": augment.zoom}),
         ("in [0, 1]", lambda value: 0 <= value <= 1, {
             "data.augment.smoothing": augment.smoothing, "data.augment.mixup_prob": augment.mixup_prob,
-            "data.augment.mixup_switch_prob": augment.mixup_switch_prob,
+            "data.augment.mixup_switch_prob": augment.mixup_switch_prob, "data.augment.hflip": augment.hflip,
+            "data.augment.vflip": augment.vflip, "data.augment.reprob": augment.reprob,
         }),
         ("in [0, 2^32)", lambda value: 0 <= value < 2**32, {"data.split_seed": data.split_seed}),
     ]  # fmt: skip
@@ -313,6 +316,13 @@ def check(config: TrainConfig) -> None:
         for key, value in values.items():
             if value is not None and not fits(value):
                 raise ConfigError(f"{key} must be {bound}, got {value}")
+    for key, (low, high) in {"scale": augment.scale, "ratio": augment.ratio}.items():
+        if not 0 < low <= high:
+            raise ConfigError(f"data.augment.{key} must be [low, high] with 0 < low <= high, got [{low}, {high}]")
+    for section in ("model", "data", "optim", "sched"):
+        for name in getattr(config, section).kwargs:
+            if not str(name).isidentifier():  # which timm, for a value of None, would leave out without a word
+                raise ConfigError(f"{section}.kwargs: expected names of arguments, got {name!r}: write {{name: value}}")
     if data.batch_size % config.grad_accum:
         raise ConfigError(f"data.batch_size={data.batch_size} does not split into grad_accum={config.grad_accum} parts")
     if data.name == "digits" and data.path is not None:

@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data.dataset import IterableImageDataset
 
-from fastib.train.config import DataConfig
+from fastib.train.config import AugmentConfig, DataConfig
 from fastib.train.data import Data, build_data, convert
 from fastib.train.digits import MEAN, STD, affine
 from fastib.train.errors import ConfigError, DataError
@@ -226,8 +226,35 @@ def test_missing_and_malformed_folders_are_named(folder, tmp_path):
         build_data(config(num_classes=9))
     with pytest.raises(DataError, match=r"data\.in_chans must be 1 or 3, got 2"):
         build_data(config(in_chans=2))
+    with pytest.raises(DataError, match=r"data\.augment\.auto_augment=mars: Unknown AA policy mars$"):
+        build_data(config(folder, augment=AugmentConfig(auto_augment="mars")))
     with pytest.raises(DataError, match="cannot open the data set torch/nonsense"):
         build_data(config(folder, name="torch/nonsense"))
+
+
+def test_classes_are_those_that_the_run_knows_in_the_same_order(folder):
+    known = config(folder)
+    build_data(known)
+    assert (known.classes, known.num_classes) == (["ant", "bee", "cat"], 3)
+    build_data(known)
+    wrong = "the classes of .*images are not those of the run .data.classes.: "
+    with pytest.raises(DataError, match=f"{wrong}missing: dog; unknown: ant, cat$"):
+        build_data(config(folder, classes=["bee", "dog"]))
+    with pytest.raises(DataError, match=f"{wrong}missing: dog$"):
+        build_data(config(folder, classes=["ant", "bee", "cat", "dog"]))
+    with pytest.raises(DataError, match=f"{wrong}unknown: cat$"):
+        build_data(config(folder, classes=["ant", "bee"]))
+    with pytest.raises(DataError, match=f"{wrong}the same in another order: ant, bee, cat; expected: bee, ant, cat$"):
+        build_data(config(folder, classes=["bee", "ant", "cat"]))
+    for i in range(9):
+        (folder / "cat").rename(folder / "cat 0") if i == 0 else (folder / f"cat {i}").mkdir()
+        (folder / f"cat {i}" / "0.png").write_bytes((folder / "ant" / "00.png").read_bytes())
+    unknown = ", ".join(["ant", "bee", *(f"cat {i}" for i in range(8))])
+    with pytest.raises(DataError, match=f"{wrong}missing: cat; unknown: {unknown} and 1 more$"):
+        build_data(config(folder, classes=["cat"]))
+    digits = config()
+    build_data(digits)
+    assert digits.classes == list("0123456789")
 
 
 @pytest.mark.parametrize("content", [b"no image at all", b"truncated"])
