@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+from fastib.nn.head_token_attention import HeadTokenAttention
 from fastib.nn.mhca import MHCA
 from fastib.ops import cls_attention_maps
 from fastib.reference.cls_attention import cls_attention_maps_ref
@@ -19,6 +20,7 @@ from fastib.reference.cls_attention import cls_attention_maps_ref
 __all__ = ["CapturedAttention", "capture_cls_attention"]
 
 _PROJECTIONS = ("qkv", "k_proj", "in_proj", "k")  # the layer that is seen first, or alone, tells whose attention runs
+_OWN = (MHCA, HeadTokenAttention)  # fused without F.scaled_dot_product_attention
 _NAME = "capture_cls_attention"
 
 
@@ -34,9 +36,11 @@ def capture_cls_attention(
 
     `with capture_cls_attention(model) as captured: model(images)`, and then `captured.maps` and `captured.grids`. The
     queries and keys are those the model itself hands to `F.scaled_dot_product_attention` (after its norms and rotary
-    positions, with its bias): nothing is projected twice and the model is not touched. The maps are differentiable.
+    positions, with its bias), or to fastib's own attention (MHCA; HeadTokenAttention, whose head tokens count in
+    `over="all"` and are cut off like prefix tokens): nothing is projected twice and the model is not touched. The maps
+    are differentiable.
 
-    model: a timm vision transformer with a class token, or one wrapped by DistributedDataParallel, FSDP2 or
+    model: a timm or fastib vision transformer with a class token, or one wrapped by DistributedDataParallel, FSDP2 or
         torch.compile. Layers in which the class token does not attend (CaiT's first blocks) have no map.
     over, scale, backend: see `fastib.ops.cls_attention_maps`; scale None is the model's own. Layers with a bias or a
         mask on their attention use plain PyTorch.
@@ -80,6 +84,7 @@ class CapturedAttention:
         self._maps: list[Tensor] = []
         self.grids: list[tuple[int, int]] = []
         self._layer = -1
+        self._tokens: Tensor | None = None  # projected, of a layer whose head tokens are still to come
         self._grid = self.full_grid
         self._with_grad: bool | None = None
 
@@ -114,7 +119,7 @@ class CapturedAttention:
         return torch.cat(self.maps, dim=1)
 
     def _see_embedding(self, out: Tensor) -> None:
-        self._grid = (out.shape[-2], out.shape[-1])
+        self._tokens, self._grid = None, (out.shape[-2], out.shape[-1])
         self._with_grad = torch.is_grad_enabled()
 
     def _see_linear(self) -> None:
@@ -123,13 +128,21 @@ class CapturedAttention:
 
     def _see_projection(self, index: int, out: Tensor) -> None:
         name, attn = self.layers[index]
+        if isinstance(attn, HeadTokenAttention) and self._tokens is None:
+            self._tokens = out
+            return
         if name in self.names:  # another forward pass has begun
             self.names, self._maps, self.grids = [], [], []
         self._layer = index
         if isinstance(attn, MHCA):  # its bias is zero in the class token's row
-            batch, tokens, _ = out.shape
-            q, k, _ = out.view(batch, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-            self._add(attn.q_norm(q[:, :, :1]), attn.k_norm(k), attn.scale, None)
+            q, k = _queries_and_keys(out, attn)
+            with self._unseen():
+                q, k = attn.q_norm(q[:, :, :1]), attn.k_norm(k)
+            self._add(q, k, attn.scale, None)
+        elif isinstance(attn, HeadTokenAttention):
+            q, k = _queries_and_keys(self._tokens, attn)
+            self._tokens = None
+            self._add(q, k, attn.scale, None, extra=_queries_and_keys(out, attn)[1])
 
     def _see_attention(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> None:
         if self._layer < 0:
@@ -139,19 +152,24 @@ class CapturedAttention:
             raise RuntimeError(f"{_NAME}: {name} has a causal mask, under which the class token sees only itself")
         if name in self.names:
             raise RuntimeError(f"{_NAME}: {name} attends more than once in a layer; such layers have no single map")
+        self._add(q, k, scale, None if mask is None else _row(mask, q))
+
+    def _unseen(self) -> contextlib.AbstractContextManager:
+        """What a checkpoint's recomputation will not see must not be among the tensors that the checkpoint counts."""
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else saved_tensors_hooks(_same, _same)
+
+    def _add(self, q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None, extra: Tensor | None = None) -> None:
+        name = self.layers[self._layer][0]
         if self._with_grad and not torch.is_grad_enabled():
             raise RuntimeError(
                 f"{_NAME}: {name} runs without gradients, as under reentrant checkpointing; "
                 "use checkpoint(..., use_reentrant=False)"
             )
-        self._add(q, k, scale, None if mask is None else _row(mask, q))
-
-    def _add(self, q: Tensor, k: Tensor, scale: float | None, bias: Tensor | None) -> None:
         scale = self.scale if self.scale is not None else scale
         prefix = self.num_prefix_tokens
-        # What a checkpoint's recomputation will not see must not be among the tensors that the checkpoint counts.
-        kept = contextlib.nullcontext() if torch.compiler.is_compiling() else saved_tensors_hooks(_same, _same)
-        with kept:
+        if extra is not None and self.over == "all":  # among those that are cut off
+            k, prefix = torch.cat((extra, k), dim=2), prefix + extra.shape[2]
+        with self._unseen():
             if bias is None:
                 maps = cls_attention_maps(
                     q[:, :, 0], k, num_prefix_tokens=prefix, scale=scale, over=self.over, backend=self.backend
@@ -160,7 +178,7 @@ class CapturedAttention:
                 maps = cls_attention_maps_ref(
                     q[:, :, 0], k, num_prefix_tokens=prefix, scale=scale, over=self.over, bias=bias
                 )
-        self.names.append(self.layers[self._layer][0])
+        self.names.append(name)
         self._maps.append(maps)
         self.grids.append(self._grid_of(maps.shape[-1]))
 
@@ -213,6 +231,11 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _queries_and_keys(out: Tensor, attn: nn.Module) -> tuple[Tensor, Tensor]:
+    """(B, H, N, D) each, of a packed projection (B, N, 3 H D)."""
+    return out.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)[:2]
+
+
 def _row(mask: Tensor, q: Tensor) -> Tensor:
     """The class token's row of an attention mask, as a bias that broadcasts to (B, H, N)."""
     row = mask[..., 0, :]
@@ -244,10 +267,10 @@ def _projection(attn: nn.Module) -> nn.Module:
 
 
 def _layers(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
-    """Names and modules of the attention layers that call `F.scaled_dot_product_attention`."""
+    """Names and modules of the attention layers that call `F.scaled_dot_product_attention`, or are `_OWN`."""
     found = []
     for path, module in model.named_modules():
-        fused = getattr(module, "fused_attn", isinstance(module, MHCA) or None)
+        fused = getattr(module, "fused_attn", isinstance(module, _OWN) or None)
         if fused is None or all(getattr(module, layer, None) is None for layer in _PROJECTIONS):
             continue
         if not fused:
@@ -263,5 +286,7 @@ def _patch_embedding(model: nn.Module) -> tuple[nn.Conv2d | None, tuple[int, int
     embed = getattr(model, "patch_embed", None)
     grid = getattr(embed, "grid_size", None)
     found = [getattr(embed, name, None) for name in ("proj", "conv")]
+    if hasattr(embed, "sope"):  # DHVT's
+        found.append(embed.sope.stages[-1][0])
     conv = next((layer for layer in found if isinstance(layer, nn.Conv2d)), None)
     return conv, None if grid is None else tuple(grid)

@@ -32,13 +32,14 @@ MODELS = {
     "parallel": ("vit_pwee_patch16_reg1_gap_256", SMALL | {"patch_size": 8, "class_token": True}),
     "cit": ("cit_tiny_patch16_224", SMALL | {"patch_size": 8}),
 }
+DHVT = ("dhvt_tiny_patch4_32", SMALL | {"patch_size": 8})  # whose attention has no unfused form
 PREFIX = {"registers": 5, "distilled": 2, "dinov2": 5, "pit": 2, "parallel": 2, "cit": 3}
 
 
 def build(name: str, dtype=torch.float64, **options) -> nn.Module:
     """A small model whose weights are large enough that its attention is far from even."""
     torch.manual_seed(0)
-    model_name, kwargs = MODELS[name]
+    model_name, kwargs = (MODELS | {"dhvt": DHVT})[name]
     model = timm.create_model(model_name, **kwargs | options)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -155,6 +156,60 @@ def test_mhca():
     torch.testing.assert_close(captured.maps[1], expected, rtol=1e-9, atol=1e-12)
 
 
+def head_token_rows(model: nn.Module, images: torch.Tensor, over: str) -> list[torch.Tensor]:
+    """The class token's rows of a DHVT: softmax over N + H tokens by the words of the paper, cut to the patches."""
+    rows = []
+
+    def row(attn, args):
+        x = torch.cat((args[0], attn.head_tokens(args[0])), dim=1)  # (B, N + H, dim)
+        q, k, _ = attn.qkv(x).reshape(*x.shape[:2], 3, 3, 8).permute(2, 0, 3, 1, 4)
+        probs = (q[:, :, :1] @ k.transpose(-2, -1)).mul(8**-0.5).softmax(-1)[:, :, 0, 1:-3]
+        rows.append(probs / probs.sum(-1, keepdim=True) if over == "patches" else probs)
+
+    handles = [block.attn.register_forward_pre_hook(row) for block in model.blocks]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    return rows
+
+
+@pytest.mark.parametrize("over", ["patches", "all"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dhvt(over, checkpointing):
+    """Its head tokens are keys of their own, projected behind the others. 2 x 8 patches are as many as 4 x 4."""
+    model = build("dhvt", dynamic_img_size=True).eval()
+    images = torch.randn(2, 3, 16, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(2)
+    weights = [torch.randn(2, 3, 16, generator=generator, dtype=torch.float64) for _ in range(2)]
+    parameters = list(model.parameters())
+
+    def gradients(maps):
+        loss = sum((w * m).sum() for w, m in zip(weights, maps, strict=True))
+        return torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+
+    expected = head_token_rows(model, images, over)
+    model.set_grad_checkpointing(checkpointing)
+    with capture_cls_attention(model, over=over) as captured:
+        model(images[:1])
+        model(images)
+    assert captured.names == ["blocks.0.attn", "blocks.1.attn"] and captured.grids == [(2, 8), (2, 8)]
+    close(captured.maps, expected)
+    assert captured.maps[0].amax() > 0.2
+    close(gradients(captured.maps), gradients(expected), rtol=1e-8, atol=1e-10)
+
+
+def test_dhvt_after_a_pass_that_broke_off():
+    model = build("dhvt").eval()
+    images, attn = images_for(model), model.blocks[0].attn
+    head_proj, attn.head_proj = attn.head_proj, nn.Linear(3, 3)
+    with capture_cls_attention(model) as captured:
+        with pytest.raises(RuntimeError):
+            model(images)
+        attn.head_proj = head_proj
+        model(images)
+    close(captured.maps, head_token_rows(model, images, "patches"))
+
+
 class Counter(TorchFunctionMode):
     def __init__(self):
         super().__init__()
@@ -249,8 +304,12 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("backward_inside", [False, True])
-def test_checkpointing(backward_inside):
-    model = build("vit")
+@pytest.mark.parametrize("attention", ["timm", "mhca"])
+def test_checkpointing(attention, backward_inside):
+    """The norms of an MHCA's queries and keys run once more for its map, which the recomputation does not see."""
+    model = build("vit", qk_norm=True)
+    if attention == "mhca":
+        apply_mhca(model, [0, 1], rpe_drop=0.0)
     images, results = images_for(model), []
     for checkpointing in (False, True):
         model.set_grad_checkpointing(checkpointing)
@@ -266,22 +325,23 @@ def test_checkpointing(backward_inside):
     close(*results, rtol=0, atol=0)
 
 
-def test_reentrant_checkpointing_says_that_it_cannot(monkeypatch):
+@pytest.mark.parametrize("name", ["vit", "mhca", "dhvt"])
+def test_reentrant_checkpointing_says_that_it_cannot(name, monkeypatch):
     monkeypatch.setattr("timm.models._manipulate.use_reentrant_ckpt", lambda: True)
-    model = build("vit")
+    model = apply_mhca(build("vit"), [0, 1]) if name == "mhca" else build(name)
     model.set_grad_checkpointing(True)
     message = r"blocks\.0\.attn runs without gradients.*use_reentrant=False"
     with pytest.raises(RuntimeError, match=message), capture_cls_attention(model):
         model(images_for(model).requires_grad_())
 
 
-@pytest.mark.parametrize("where", ["around", "inside"])
-def test_compile(where):
+@pytest.mark.parametrize(("where", "name"), [("around", "registers"), ("inside", "registers"), ("around", "dhvt")])
+def test_compile(where, name):
     """aot_eager traces all that inductor would: the graphs, the guards and the backward."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
-    model = build("registers")
+    model = build(name)
     backend = CompileCounterWithBackend("aot_eager")
 
     def step(images, model):
