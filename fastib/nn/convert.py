@@ -41,6 +41,8 @@ def apply_mhca(
     """
     if not isinstance(getattr(model, "blocks", None), (nn.Sequential, nn.ModuleList)):
         raise ValueError(f"apply_mhca: model must have its transformer layers in `blocks`; {_name(model)} does not")
+    if not isinstance(blocks, Iterable):
+        raise ValueError(f"apply_mhca: blocks must be indices such as range(8), got {blocks!r}")
     if grid_size is None:
         grid_size = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if num_prefix_tokens is None:

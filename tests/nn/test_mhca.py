@@ -276,6 +276,8 @@ def test_models_that_cannot_be_converted(name, message):
 
 def test_conversion_errors_change_nothing():
     model = vit()
+    with pytest.raises(ValueError, match=r"apply_mhca: blocks must be indices such as range\(8\), got 1$"):
+        apply_mhca(model, 1)
     with pytest.raises(ValueError, match=r"blocks must be in 0 ... 2 for VisionTransformer, got 3"):
         apply_mhca(model, (0, 3))
     with pytest.raises(ValueError, match="got -1"):
