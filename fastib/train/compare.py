@@ -14,6 +14,7 @@ from pathlib import Path
 from fastib.methods import list_methods
 from fastib.train.checkpoint import write_text
 from fastib.train.config import TrainConfig, load_config
+from fastib.train.data import build_data
 from fastib.train.errors import ConfigError
 from fastib.train.loop import resume, train
 from fastib.train.runs import CONFIG, RESULT
@@ -112,8 +113,11 @@ def compare(comparison: Comparison) -> list[Path]:
 
     They are written anew after every run. Raises ConfigError where the folder holds a comparison with other settings.
     """
-    for method in comparison.methods:
-        comparison.configure(method, comparison.fractions[0], comparison.seeds[0])  # a wrong option ends here
+    smallest = min(comparison.fractions)
+    for method in comparison.methods:  # a wrong option, or a share of less than a batch, ends here
+        config = comparison.configure(method, smallest, comparison.seeds[0])
+        if not (comparison.folder(method, smallest, comparison.seeds[0]) / RESULT).is_file():
+            build_data(config.data, config.seed).steps_per_epoch(config.data.batch_size, config.grad_accum)
     comparison.output.mkdir(parents=True, exist_ok=True)
     _claim(comparison)
     scores: dict[tuple[str, float], dict[int, float]] = {}

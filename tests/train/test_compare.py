@@ -112,6 +112,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     (["nonsense"], "unknown method 'nonsense'"), (["no:steps=1"], "unknown method 'no'"),
     (["--fractions", "0,1"], r"fractions must be in (0, 1], got 0.0"), (["--seeds", "a"], "--seeds: expected numbers"),
     (["--seeds", ""], "at least one fraction and one seed"), (["--epochs", "0"], "epochs must be at least 1, got 0"),
+    (["plain", "dhvt", "data.batch_size=200"], "data.batch_size=200 is more than the 143 training images"),
     (["plain", "dhvt", "dhvt:stps=1"], "unknown key stps; did you mean steps"),
 ])  # fmt: skip
 def test_errors(words, message, tmp_path, capsys):
