@@ -24,7 +24,7 @@ from fastib.methods import Method, get_method
 from fastib.train.build import build_model, describe, load_teacher, load_weights, save_student, try_out
 from fastib.train.checkpoint import Checkpoints, write_text
 from fastib.train.config import TrainConfig, read_config, save_config
-from fastib.train.data import build_data
+from fastib.train.data import Data, build_data
 from fastib.train.errors import CheckpointError, ConfigError, DivergedError, Stopped
 from fastib.train.evaluate import evaluate
 from fastib.train.metrics import Metrics, Screen
@@ -44,20 +44,29 @@ def train(config: TrainConfig) -> dict:
     if uses_own_teachers(config):
         data = build_data(config.data, config.seed)
         data.steps_per_epoch(config.data.batch_size, config.grad_accum)
-        _try_method(config)
+        _try_method(config, data)
         for teacher in own_teachers(config, claim_folder(config)):
             folder = Path(teacher.output)
-            if (folder / CONFIG).is_file():
-                resume(folder)
-            else:
-                train(teacher)
+            try:
+                resume(folder) if (folder / CONFIG).is_file() else train(teacher)
+            except Stopped as stopped:
+                raise Stopped(f"{stopped}; then {_again(config.output)}", stopped.signum) from None
     return Trainer(config).fit()
 
 
-def _try_method(config: TrainConfig) -> None:
+def _again(output: str | Path) -> str:
+    return f"give the command that began the run once more, with output={output}"
+
+
+def _try_method(config: TrainConfig, data: Data) -> None:
     """Build student and method with untrained teachers: what is wrong with them ends before the teachers' hours."""
     config = copy.deepcopy(config)
     untrained = {f"run:{teacher.output}": teacher for teacher in own_teachers(config, Path(config.output or "-"))}
+    for teacher in untrained.values():
+        try:
+            data.steps_per_epoch(teacher.data.batch_size, teacher.grad_accum)
+        except ConfigError as error:
+            raise ConfigError(f"teachers.{Path(teacher.output).name}: {error}") from None
 
     def load(source: str) -> nn.Module:
         teacher = untrained.get(source)
@@ -84,7 +93,8 @@ def resume(folder: Path | str) -> dict:
     """Go on with the run in `folder` from its newest usable checkpoint; the result is that of an unbroken run."""
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
-        raise ConfigError(f"cannot resume {folder}: it holds no {CONFIG}")
+        hint = f"; its teachers were still in training: {_again(folder)}" if (folder / "teachers").is_dir() else ""
+        raise ConfigError(f"cannot resume {folder}: it holds no {CONFIG}{hint}")
     return Trainer(read_config(folder / CONFIG), resume_from=folder).fit()
 
 

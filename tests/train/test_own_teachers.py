@@ -12,9 +12,9 @@ from fastib.train.build import load_student
 from fastib.train.cli import main
 from fastib.train.config import load_config, read_config, save_config
 from fastib.train.data import build_data
-from fastib.train.errors import ConfigError
+from fastib.train.errors import ConfigError, Stopped
 from fastib.train.evaluate import evaluate_run
-from fastib.train.loop import resume, train
+from fastib.train.loop import Trainer, resume, train
 from fastib.train.teachers import own_teachers
 
 STUDENT = ("model.name=cit_tiny_patch16_224", "method.teachers=[own:cnn,own:inn]", "data.augment.mixup=0.2",
@@ -95,8 +95,35 @@ def test_a_killed_run_ends_as_an_unbroken_one(step, advised, scenario, tmp_path)
     if step == 8:
         resume(broken)
     else:
+        hint = "its teachers were still in training: give the command that began the run once more, with output="
+        with pytest.raises(ConfigError, match=f"cannot resume {broken}: it holds no config.yaml; {hint}{broken}$"):
+            resume(broken)
         train(read_config(tmp_path / "recipe.yaml"))
     same(broken, tmp_path / "unbroken")
+
+
+def test_a_run_that_is_stopped_while_a_teacher_trains_says_how_it_goes_on(advised, monkeypatch, tmp_path):
+    def train_step(self, batches):
+        self.signals.caught = signal.SIGTERM if self.step == 4 else None
+        return original(self, batches)
+
+    original = Trainer._train_step
+    monkeypatch.setattr(Trainer, "_train_step", train_step)
+    with pytest.raises(Stopped) as stopped:
+        train(advised())
+    run = tmp_path / "run"
+    assert stopped.value.signum == signal.SIGTERM
+    assert str(stopped.value).startswith("stopped by SIGTERM after step 5; ")
+    assert str(stopped.value).endswith(
+        f"go on with --resume {run}/teachers/cnn; then give the command that began the run once more, with output={run}"
+    )
+
+
+def test_teachers_whose_batches_are_too_large_are_named_before_anything_is_made(advised, tmp_path):
+    message = r"^teachers\.inn: data\.batch_size=300 is more than the 287 training images$"
+    with pytest.raises(ConfigError, match=message):
+        train(advised("teachers.inn.options=[data.batch_size=300]"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
