@@ -1,4 +1,4 @@
-# One-word targets; each makes its own environment first. Overridable: PYTHON, VENV, VENV_FLAGS, PIP_FLAGS, WORKERS.
+# One-word targets; all but gpu-check and clean make their own environment first. Overridable: PYTHON, VENV, VENV_FLAGS, PIP_FLAGS, WORKERS.
 # Without network, where the dependencies are installed already: make test VENV_FLAGS=--system-site-packages PIP_FLAGS=--no-deps
 PYTHON ?= python3
 VENV ?= .venv
