@@ -18,6 +18,12 @@
 namespace fastib {
 namespace {
 
+// f(begin, end) over [0, n).
+template <typename F>
+void in_parallel(int64_t n, const F& f) {
+  torch::stable::parallel_for(0, n, 1, f);
+}
+
 // Whether x, which must have four dimensions, counts as channels last.
 bool channels_last(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 4, "x must have shape (B, C, rows, columns), but has ", shape_text(x.sizes()));
@@ -55,8 +61,8 @@ struct ShiftCall {
 Tensor shift(Tensor x, int64_t num_heads, bool inverse) {
   const ShiftCall call(x, num_heads, inverse);
   if (!call.empty())
-    torch::stable::parallel_for(0, generalized_conv_units(call.params), 1,
-                                [&](int64_t begin, int64_t end) { generalized_conv_shift(call.params, begin, end); });
+    in_parallel(generalized_conv_units(call.params),
+                [&](int64_t begin, int64_t end) { generalized_conv_shift(call.params, begin, end); });
   return call.out;
 }
 
@@ -107,12 +113,6 @@ struct ProductCall {
  private:
   static constexpr int64_t kFewImages = 8;
 };
-
-// f(begin, end) over [0, n).
-template <typename F>
-void in_parallel(int64_t n, const F& f) {
-  torch::stable::parallel_for(0, n, 1, f);
-}
 
 // One of the products by itself.
 void run(void (*product)(const GeneralizedConvProductParams&, int64_t, int64_t),

@@ -224,9 +224,10 @@ def channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(3) != 1
 
 
-def empty_image(x: Tensor, rows: int, columns: int) -> Tensor:
-    """A new image of another size, dense and in the memory format of `x`."""
-    batch, channels = x.shape[:2]
+def empty_image(x: Tensor, rows: int, columns: int, channels: int | None = None) -> Tensor:
+    """A new image of another size, dense and in the memory format of `x`; channels None: as many as `x` has."""
+    batch = x.shape[0]
+    channels = x.shape[1] if channels is None else channels
     if channels_last(x):
         return x.new_empty((batch, rows, columns, channels)).permute(0, 3, 1, 2)
     return x.new_empty((batch, channels, rows, columns))

@@ -16,7 +16,7 @@ from fastib.reference.generalized_conv import generalized_conv_ref
 _NAME, _SHIFT = "generalized_conv", "generalized_conv_shift"
 _BACKWARD = "generalized_conv_backward"
 _FEW = 20480  # elements up to which PyTorch, with one thread, gives no convolution to oneDNN
-_SLACK = 16  # elements behind the fused products' values
+_SLACK = 16  # kMiddleSlack of the kernels: elements behind the values
 SCHEMAS = {
     _SHIFT: "(Tensor x, int num_heads, bool inverse) -> Tensor",
     _NAME: "(Tensor x, Tensor w_v, Tensor w_o, Tensor? bias, int num_heads, bool keep) -> (Tensor out, Tensor values)",
@@ -42,8 +42,8 @@ def generalized_conv(
         In x's dtype.
     backend: None chooses; "reference", "cpu" or "cuda" insist.
 
-    Returns (B, O, rows, columns) in x's dtype, channels_last where x is: then each product is one matrix product of
-    all pixels, and nothing is copied. Differentiable any number of times, in x and all weights.
+    Returns (B, O, rows, columns) in x's dtype, channels_last where x is: then no dense image is copied. Differentiable
+    any number of times, in x and all weights.
 
     Raises ValueError for a wrong shape, dtype or range, RuntimeError for a device or backend that does not fit.
     """
@@ -119,23 +119,16 @@ _shift_kernel = _backend.register(_SHIFT, SCHEMAS[_SHIFT], lambda x, *_: _backen
 _OP = Op(_NAME, gpu="cuda", kernel=_SHIFT)
 
 
-def _fake_image(x: Tensor, channels: int) -> Tensor:
-    batch, _, rows, columns = x.shape
-    if _backend.channels_last(x):
-        return x.new_empty((batch, rows, columns, channels)).permute(0, 3, 1, 2)
-    return x.new_empty((batch, channels, rows, columns))
-
-
 def _fake_forward(x: Tensor, w_v: Tensor, w_o: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    keep = args[-1]
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    return _fake_image(x, w_o.shape[0]), x.new_empty(pixels * w_v.shape[0] + _SLACK if keep else 0)
+    keep, (batch, _, *size) = args[-1], x.shape
+    values = x.new_empty(batch * size[0] * size[1] * w_v.shape[0] + _SLACK if keep else 0)
+    return _backend.empty_image(x, *size, w_o.shape[0]), values
 
 
 def _fake_backward(grad: Tensor, x: Tensor, w_v: Tensor, w_o: Tensor, *args: Any) -> tuple[Tensor, ...]:
     need_x, need_v, need_o, need_bias = args[-4:]
     return (
-        _fake_image(x, x.shape[1]) if need_x else x.new_empty(0),
+        _backend.empty_image(x, *x.shape[2:]) if need_x else x.new_empty(0),
         x.new_empty(w_v.shape if need_v else 0),
         x.new_empty(w_o.shape if need_o or need_bias else 0),
         x.new_empty(w_o.shape[:1] if need_bias else 0),

@@ -8,6 +8,7 @@
 #include <new>
 
 #include "gemm_tile.h"
+#include "generalized_conv_edges.h"
 #include "part_lanes.h"
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
@@ -86,57 +87,6 @@ class OuterBlocks {
   float* copy_;
 };
 
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end > begin ? end - begin : 0; }
-  Range and_in(int64_t first, int64_t last) const { return {begin > first ? begin : first, smaller(end, last)}; }
-};
-
-// What the shift leaves out: rows of the image that it takes out of it, or has nothing to fill with. Heads go through
-// the window row by row, so that those left are neighbours.
-class Edges {
- public:
-  // Of the middle image; of the image that is shifted, with `inverse` turned round.
-  Edges(const GeneralizedConvSizes& s, bool inverse)
-      : s_(s), window_(generalized_conv_window(s.H)), inverse_(inverse) {}
-
-  // Pixels of the vectors [v, v + n) of the middle image.
-  Range pixels(int64_t v, int64_t n) const {
-    const int64_t D = s_.M / s_.H, last = smaller((v + n) * W, s_.M) - 1;
-    const int64_t a = offset(v * W / D), b = offset(last / D), least = smaller(a, b), most = a + b - least;
-    const int64_t begin = most < 0 ? -most : 0, end = s_.rows - (least > 0 ? least : 0);
-    return {begin * s_.columns, end * s_.columns};
-  }
-
-  // f(pixels, channels) of the pixels [first, last), as many together as have the same channels of the middle image.
-  template <typename F>
-  void channels(int64_t first, int64_t last, F&& f) const {
-    for (int64_t row = first / s_.columns; row * s_.columns < last;) {
-      const Range here = heads(row);
-      int64_t next = row + 1;
-      while (next < s_.rows && heads(next).begin == here.begin && heads(next).end == here.end) ++next;
-      const int64_t D = s_.M / s_.H;
-      f(Range{row * s_.columns, next * s_.columns}.and_in(first, last), Range{here.begin * D, here.end * D});
-      row = next;
-    }
-  }
-
- private:
-  int64_t offset(int64_t head) const { return generalized_conv_offset(window_, head, inverse_).row; }
-
-  Range heads(int64_t row) const {
-    Range range{0, s_.H};
-    while (range.begin < s_.H && outside(row + offset(range.begin))) ++range.begin;
-    while (range.end > range.begin && outside(row + offset(range.end - 1))) --range.end;
-    return range;
-  }
-  bool outside(int64_t row) const { return row < 0 || row >= s_.rows; }
-
-  GeneralizedConvSizes s_;
-  int64_t window_;
-  bool inverse_;
-};
-
 // f(first, last) of blocks of the pixels [begin, end).
 template <typename F>
 void by_blocks(int64_t begin, int64_t end, F&& f) {
@@ -171,6 +121,8 @@ class Into {
     }
   }
   Into(const Into&) = delete;
+
+  const OuterBlocks& blocks() const { return blocks_; }
 
   // Pixels [begin, end) of one image.
   void operator()(const float* from, float* middle, int64_t begin, int64_t end) const {
@@ -313,8 +265,13 @@ class WeightSum {
         weight_(p.wanted ? p.weight_parts + part * p.N * s_.M : nullptr),
         bias_(p.bias_parts ? p.bias_parts + part * p.N : nullptr) {}
 
-  // Pixels [first, last) of one image, one block.
-  void add(const float* outer, const float* middle, int64_t first, int64_t last) {
+  // Pixels [begin, end) of one image.
+  void operator()(const float* outer, const float* middle, int64_t begin, int64_t end) {
+    by_blocks(begin, end, [&](int64_t first, int64_t last) { block(outer, middle, first, last); });
+  }
+
+ private:
+  void block(const float* outer, const float* middle, int64_t first, int64_t last) {
     const Left<float> left = blocks_.channels(outer, first, last);
     by_panels(divide_up(s_.M, W), left, [&](int64_t v, int64_t n) {
       const Range filled = edges_.pixels(v, n).and_in(first, last);
@@ -327,7 +284,6 @@ class WeightSum {
     empty_ = false;
   }
 
- private:
   void add_bias(const Left<float>& channels, int64_t pixels) const {
     if (channels.row == 1)
       for (int64_t c = 0; c < N_; c += W) {
@@ -368,6 +324,18 @@ void by_images(const GeneralizedConvSizes& s, int64_t size, int64_t begin, int64
   }
 }
 
+// Into or Back alone, from images of `channels` channels to images of `to_channels`.
+template <typename Product>
+void one_by_one(const GeneralizedConvProductParams& p, const float* from, int64_t channels, float* to,
+                int64_t to_channels, int64_t begin, int64_t end) {
+  if (!scratch.reserve(Product::bytes(p))) throw std::bad_alloc();
+  const Product product(p);
+  const int64_t pixels = p.sizes.pixels();
+  by_images(p.sizes, kUnitPixels, begin, end, [&](int64_t b, int64_t first, int64_t last) {
+    product(from + b * pixels * channels, to + b * pixels * to_channels, first, last);
+  });
+}
+
 }  // namespace
 
 void generalized_conv_forward(const GeneralizedConvProductParams& p, int64_t begin, int64_t end) {
@@ -389,59 +357,42 @@ void generalized_conv_backward(const GeneralizedConvGradParams& p, int64_t begin
   const GeneralizedConvSizes& s = products.sizes;
   const int64_t pixels = s.pixels(), between = pixels * s.M;
   if (!scratch.reserve(Into::bytes(products) + Back::bytes(products) + OuterBlocks::bytes(s, p.w_v.N) +
-                       OuterBlocks::bytes(s, p.w_o.N) + Scratch::padded_bytes<float>(between)))
+                       Scratch::padded_bytes<float>(between)))
     throw std::bad_alloc();
   const Into into(products);
   const Back back(products);
-  const OuterBlocks x_blocks(s, p.w_v.N), grad_blocks(s, p.w_o.N);
+  const OuterBlocks x_blocks(s, p.w_v.N);
   float* middle = scratch.take<float>(between);
   for (int64_t part = begin; part < end; ++part) {
-    WeightSum w_v(p.w_v, x_blocks, part), w_o(p.w_o, grad_blocks, part);
+    WeightSum w_v(p.w_v, x_blocks, part), w_o(p.w_o, into.blocks(), part);
     for (int64_t b = part * s.B / p.parts; b < (part + 1) * s.B / p.parts; ++b) {
       const float* grad = products.from + b * pixels * products.into.N;
-      if (p.w_o.wanted)
-        by_blocks(0, pixels,
-                  [&](int64_t first, int64_t last) { w_o.add(grad, p.w_o.middle + b * between, first, last); });
+      if (p.w_o.wanted) w_o(grad, p.w_o.middle + b * between, 0, pixels);
       if (!products.to && !p.w_v.wanted) continue;
       into(grad, middle, 0, pixels);
       if (products.to) back(middle, products.to + b * pixels * products.back.N, 0, pixels);
-      if (p.w_v.wanted)
-        by_blocks(0, pixels, [&](int64_t first, int64_t last) {
-          w_v.add(p.w_v.outer + b * pixels * p.w_v.N, middle, first, last);
-        });
+      if (p.w_v.wanted) w_v(p.w_v.outer + b * pixels * p.w_v.N, middle, 0, pixels);
     }
   }
 }
 
 void generalized_conv_into(const GeneralizedConvProductParams& p, int64_t begin, int64_t end) {
-  if (!scratch.reserve(Into::bytes(p))) throw std::bad_alloc();
-  const Into into(p);
-  const int64_t pixels = p.sizes.pixels();
-  by_images(p.sizes, kUnitPixels, begin, end, [&](int64_t b, int64_t first, int64_t last) {
-    into(p.from + b * pixels * p.into.N, p.middle + b * pixels * p.sizes.M, first, last);
-  });
+  one_by_one<Into>(p, p.from, p.into.N, p.middle, p.sizes.M, begin, end);
 }
 
 void generalized_conv_back(const GeneralizedConvProductParams& p, int64_t begin, int64_t end) {
-  if (!scratch.reserve(Back::bytes(p))) throw std::bad_alloc();
-  const Back back(p);
-  const int64_t pixels = p.sizes.pixels();
-  by_images(p.sizes, kUnitPixels, begin, end, [&](int64_t b, int64_t first, int64_t last) {
-    back(p.middle + b * pixels * p.sizes.M, p.to + b * pixels * p.back.N, first, last);
-  });
+  one_by_one<Back>(p, p.middle, p.sizes.M, p.to, p.back.N, begin, end);
 }
 
 void generalized_conv_weight(const GeneralizedConvWeightParams& p, int64_t parts, int64_t begin, int64_t end) {
   if (!scratch.reserve(OuterBlocks::bytes(p.sizes, p.N))) throw std::bad_alloc();
-  const OuterBlocks outer(p.sizes, p.N);
-  const int64_t pixels = p.sizes.pixels(), blocks = generalized_conv_blocks(p.sizes);
+  const OuterBlocks blocks(p.sizes, p.N);
+  const int64_t pixels = p.sizes.pixels(), count = generalized_conv_blocks(p.sizes);
   for (int64_t part = begin; part < end; ++part) {
-    WeightSum sum(p, outer, part);
-    by_images(p.sizes, kBlockPixels, part * blocks / parts, (part + 1) * blocks / parts,
-              [&](int64_t b, int64_t begin, int64_t end) {
-                by_blocks(begin, end, [&](int64_t first, int64_t last) {
-                  sum.add(p.outer + b * pixels * p.N, p.middle + b * pixels * p.sizes.M, first, last);
-                });
+    WeightSum sum(p, blocks, part);
+    by_images(p.sizes, kBlockPixels, part * count / parts, (part + 1) * count / parts,
+              [&](int64_t b, int64_t first, int64_t last) {
+                sum(p.outer + b * pixels * p.N, p.middle + b * pixels * p.sizes.M, first, last);
               });
   }
 }
