@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastib.train.errors import ConfigError, HarnessError, Stopped
 from fastib.train.host_memory import keep_freed_memory
+from fastib.train.processes import leave_process_group
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,13 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.rest = rest
     keep_freed_memory()
     try:
-        return arguments.run(arguments) or 0
+        code = arguments.run(arguments) or 0
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
-        return 128 + stopped.signum
+        code = 128 + stopped.signum
     except (HarnessError, OSError) as error:  # a disk that is full, a folder that cannot be written to
         print(f"error: {_message(error)}", file=sys.stderr)
         return 1
+    leave_process_group()
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

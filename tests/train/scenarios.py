@@ -10,8 +10,10 @@ from conftest import frozen, spy_gradients
 from safetensors.torch import save_file
 
 from fastib.train import checkpoint
+from fastib.train.cli import main
 from fastib.train.config import read_config
 from fastib.train.loop import Trainer, resume, train
+from fastib.train.processes import leave_process_group
 
 
 def kill_in_step(config: str, step: str) -> None:
@@ -21,14 +23,12 @@ def kill_in_step(config: str, step: str) -> None:
 
 
 def whole(config: str) -> None:
-    """A run from beginning to end."""
-    train(read_config(config))
+    """A run from beginning to end, by the command line."""
+    assert main(["train", read_config(config).method.name, "--recipe", config]) == 0
 
 
 def terminate_in_step(config: str, step: str) -> None:
     """SIGTERM in the middle of a step, as a scheduler sends it."""
-    from fastib.train.cli import main
-
     _during_step(int(step), signal.SIGTERM)
     sys.exit(main(["train", "plain", "--recipe", config]))
 
@@ -87,10 +87,10 @@ def sharded(config: str) -> None:
 
     AcceleratorState.__init__ = sharded_init
     run = read_config(config)
-    if not Path(run.output).exists():
-        train(run)
-        return
-    resume(run.output)
+    resume(run.output) if Path(run.output).exists() else train(run)
+    leave_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # DTensor's caches keep the mesh, and so the threads of gloo, which FSDP does not use elsewhere
 
 
 def _during_step(step: int, signum: int) -> None:
@@ -107,5 +107,6 @@ def _during_step(step: int, signum: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     globals()[sys.argv[1]](*sys.argv[2:])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_process_group()
+    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not any("gloo" in name for name in threads), f"threads that may abort the end of Python: {threads}"
