@@ -31,14 +31,15 @@ ClsAttentionParams make_params(Tensor& q, Tensor& k, double scale) {
   return params;
 }
 
-Tensor forward(Tensor q, Tensor k, int64_t num_prefix_tokens, double scale, bool over_all, bool rounded) {
+Tensor forward(Tensor q, Tensor k, int64_t num_prefix_tokens, double scale, bool over_all, bool maps_only) {
   ClsAttentionParams params = make_params(q, k, scale);
   STD_TORCH_CHECK(num_prefix_tokens >= 0 && num_prefix_tokens <= params.N,
                   "num_prefix_tokens must be in [0, N], but is ", num_prefix_tokens, " with N = ", params.N);
-  Tensor probs = new_empty(k, {params.B, params.H, params.N}, rounded ? k.scalar_type() : accumulation_dtype(k));
+  Tensor probs = new_empty(k, {params.B, params.H, params.N - (maps_only ? num_prefix_tokens : 0)},
+                           maps_only ? k.scalar_type() : accumulation_dtype(k));
   if (probs.numel() == 0) return probs;
-  params.first_key = over_all ? 0 : num_prefix_tokens;
-  params.rounded = rounded, params.probs = probs.mutable_data_ptr();
+  params.first_key = over_all ? 0 : num_prefix_tokens, params.prefix = num_prefix_tokens;
+  params.maps_only = maps_only, params.probs = probs.mutable_data_ptr();
   torch::stable::parallel_for(0, params.B * params.groups, 1,
                               [&](int64_t begin, int64_t end) { cls_attention_forward(params, begin, end); });
   return probs;
@@ -48,7 +49,10 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Tensor prob
   ClsAttentionGradParams params{};
   params.forward = make_params(q, k, scale);
   const int64_t B = params.forward.B, H = params.forward.H, N = params.forward.N, D = params.forward.D;
-  check_cpu_tensor(grad, "grad", accumulation_dtype(k), {B, H, N});
+  STD_TORCH_CHECK(grad.dim() == 3 && grad.size(2) <= N, "grad must have shape (B, H, at most N), but has ",
+                  shape_text(grad.sizes()));
+  params.columns = grad.size(2);
+  check_cpu_tensor(grad, "grad", accumulation_dtype(k), {B, H, params.columns});
   check_cpu_tensor(probs, "probs", accumulation_dtype(k), {B, H, N});
   Tensor grad_q = new_empty(q, {B, H, D}, q.scalar_type());
   Tensor grad_k = empty_heads_last(k, B, H, N, D);

@@ -43,7 +43,7 @@ def is_autocast_enabled(x: Tensor) -> bool:
 
 def autocast(*tensors: Any) -> Any:
     """The tensors in the autocast dtype where autocast is on; float64 stays, as in PyTorch, and so does None."""
-    if not is_autocast_enabled(tensors[0]):
+    if not torch._C._is_any_autocast_enabled() or not is_autocast_enabled(tensors[0]):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     kept = (t is None or t.dtype == torch.float64 or not t.is_floating_point() for t in tensors)
@@ -127,4 +127,4 @@ def grid(op: str, grid_size: Any) -> tuple[int, int]:
 def default_scale(head_dim: int | torch.SymInt) -> float:
     """head_dim^-1/2; as a number, where `torch.jit.trace` would take the power of a float32 tensor."""
     size = max(head_dim, 1)
-    return (torch.sym_float(size) if torch._C._is_tracing() else size) ** -0.5
+    return (torch.sym_float(size) if isinstance(size, Tensor) else size) ** -0.5

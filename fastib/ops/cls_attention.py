@@ -24,7 +24,7 @@ from fastib.reference.cls_attention import cls_attention_maps_ref
 
 _NAME = "cls_attention_maps"
 SCHEMAS = {
-    "cls_attention": "(Tensor q, Tensor k, int num_prefix_tokens, float scale, bool over_all, bool rounded) -> Tensor",
+    "cls_attention": "(Tensor q, Tensor k, int num_prefix_tokens, float scale, bool over_all, bool maps_only) -> Tensor",
     "cls_attention_backward": (
         "(Tensor grad, Tensor q, Tensor k, Tensor probs, float scale) -> (Tensor grad_q, Tensor grad_k)"
     ),
@@ -66,18 +66,16 @@ def cls_attention_maps(
         raise invalid(_NAME, "over", "'patches' or 'all'", repr(over))
     if _OP.choose(backend, k) == "reference":
         return cls_attention_maps_ref(q, k, num_prefix_tokens=num_prefix_tokens, scale=scale, over=over)
-    # a recorded program may train where the call does not
-    trains = (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)) or _backend.may_train_later()
-    args = (q, k, num_prefix_tokens, scale, over == "all", not trains)
-    if _backend.is_recorded():
-        probs = _forward(*args)
-    elif trains:
-        probs = _ClsAttention.apply(*args)
-    else:
-        with below_autograd():
-            probs = _forward(*args)
-    probs = probs.narrow(2, num_prefix_tokens, probs.shape[2] - num_prefix_tokens)
-    return probs if probs.dtype == q.dtype else probs.to(q.dtype)
+    args, trains = (q, k, num_prefix_tokens, scale, over == "all"), q.requires_grad or k.requires_grad
+    trains = trains and torch.is_grad_enabled()
+    if _backend.is_recorded():  # what is recorded may train where the call does not
+        trains = trains or _backend.may_train_later()
+        probs = _forward(*args, not trains)
+        return _cut(probs, num_prefix_tokens, q.dtype) if trains else probs
+    if trains:
+        return _ClsAttention.apply(*args)
+    with below_autograd():
+        return _forward(*args, True)
 
 
 def _check(q: Tensor, k: Tensor, num_prefix_tokens: int) -> None:
@@ -95,10 +93,16 @@ def _check(q: Tensor, k: Tensor, num_prefix_tokens: int) -> None:
         raise invalid(_NAME, "num_prefix_tokens", f"in [0, N={N}]", num_prefix_tokens)
 
 
-def _forward_fake(q: Tensor, k: Tensor, *options: Any) -> Tensor:
-    """Not rounded to a 16-bit k in training: the gradient of a softmax needs probabilities whose sum is 1."""
-    rounded = options[-1]
-    return k.new_empty(k.shape[:3], dtype=k.dtype if rounded else torch.promote_types(k.dtype, torch.float32))
+def _forward_fake(q: Tensor, k: Tensor, num_prefix_tokens: int, _scale: float, _all: bool, maps_only: bool) -> Tensor:
+    """For training all probabilities, unrounded: the gradient of a softmax needs those whose sum is 1."""
+    batch, heads, tokens, _ = k.shape
+    if maps_only:
+        return k.new_empty((batch, heads, tokens - num_prefix_tokens))
+    return k.new_empty((batch, heads, tokens), dtype=torch.promote_types(k.dtype, torch.float32))
+
+
+def _cut(probs: Tensor, num_prefix_tokens: int, dtype: torch.dtype) -> Tensor:
+    return probs.narrow(2, num_prefix_tokens, probs.shape[2] - num_prefix_tokens).to(dtype)
 
 
 def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -125,13 +129,13 @@ class _ClsAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         with below_autograd():
-            probs = _forward(*args)
+            probs = _forward(*args, False)
         _save(ctx, args, probs)
-        return probs
+        return _cut(probs, args[2], args[1].dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, grad)
+        return _gradients(ctx, grad)[:5]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -140,7 +144,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None, None)
+    q, k, probs = ctx.saved_tensors
+    return (*_backward(grad.to(probs.dtype), q, k, probs, ctx.scale), None, None, None, None)
 
 
 torch.library.register_autograd("fastib::cls_attention", _gradients, setup_context=_save, lib=_backend.LIBRARY)

@@ -130,12 +130,13 @@ void forward(const ClsAttentionParams& p, int64_t begin, int64_t end) {
   using T = Compute<E>;
   constexpr int W = kLanes<T>;
   const int64_t width = round_to_lanes<T>(p.D), keys = p.N - p.first_key, padded = round_to_lanes<T>(keys);
+  const int64_t from = p.maps_only ? p.prefix : 0, cut = from > p.first_key ? from - p.first_key : 0;
   if (!scratch.reserve(Scratch::padded_bytes<T>(p.H * width) + Scratch::padded_bytes<T>(p.H * padded)))
     throw std::bad_alloc();
   T* q = scratch.take<T>(p.H * width);
   T* scores = scratch.take<T>(p.H * padded);
   const LaneRows<T> whole(p.k_stride[2], W), rest(p.k_stride[2], keys - (padded - W));
-  const int64_t ahead = 2 * W * p.k_stride[2] * static_cast<int64_t>(sizeof(E));
+  const int64_t ahead = W * p.k_stride[2] * static_cast<int64_t>(sizeof(E));
   for (int64_t u = begin; u < end; ++u) {
     const Unit unit(p, u);
     const E* q_rows = static_cast<const E*>(p.q) + unit.b * p.q_stride[0] + unit.first * p.q_stride[1];
@@ -157,11 +158,11 @@ void forward(const ClsAttentionParams& p, int64_t begin, int64_t end) {
       for (int64_t j = keys; j < padded; ++j) s[j] = -std::numeric_limits<T>::infinity();
       softmax(s, padded);
       const auto write = [&]<typename P>(P* probs) {
-        for (int64_t i = 0; i < p.first_key; ++i) store_float(probs + i, T(0));
-        unpack_rows(Rows<P>{probs + p.first_key, 0}, s, padded, 1, keys, T(1));
+        probs += (unit.b * p.H + unit.first + h) * (p.N - from);
+        for (int64_t i = from; i < p.first_key; ++i) store_float(probs++, T(0));
+        unpack_rows(Rows<P>{probs, 0}, s + cut, padded, 1, keys - cut, T(1));
       };
-      const int64_t row = (unit.b * p.H + unit.first + h) * p.N;
-      p.rounded ? write(static_cast<E*>(p.probs) + row) : write(static_cast<T*>(p.probs) + row);
+      p.maps_only ? write(static_cast<E*>(p.probs)) : write(static_cast<T*>(p.probs));
     }
   }
 }
@@ -226,7 +227,7 @@ template <bool kStream, typename E>
 void backward(const ClsAttentionGradParams& g, int64_t begin, int64_t end) {
   using T = Compute<E>;
   const ClsAttentionParams& p = g.forward;
-  const int64_t width = round_to_lanes<T>(p.D);
+  const int64_t width = round_to_lanes<T>(p.D), from = p.N - g.columns;
   if (!scratch.reserve(2 * Scratch::padded_bytes<T>(p.H * width) + Scratch::padded_bytes<T>(p.H * p.N)))
     throw std::bad_alloc();
   T* q = scratch.take<T>(p.H * width);
@@ -241,9 +242,10 @@ void backward(const ClsAttentionGradParams& g, int64_t begin, int64_t end) {
     for (int64_t h = 0; h < unit.heads; ++h) {
       const int64_t row = (unit.b * p.H + unit.first + h) * p.N;
       const T* probs = static_cast<const T*>(p.probs) + row;
-      const T* grad = static_cast<const T*>(g.grad) + row;
-      const T delta = dot(probs, grad, p.N);
-      for (int64_t j = 0; j < p.N; ++j) ds[h * p.N + j] = probs[j] * (grad[j] - delta) * static_cast<T>(p.scale);
+      const T* grad = static_cast<const T*>(g.grad) + (unit.b * p.H + unit.first + h) * g.columns;
+      const T delta = dot(probs + from, grad, g.columns), scale = static_cast<T>(p.scale);
+      for (int64_t j = 0; j < from; ++j) ds[h * p.N + j] = probs[j] * -delta * scale;
+      for (int64_t j = from; j < p.N; ++j) ds[h * p.N + j] = probs[j] * (grad[j - from] - delta) * scale;
       pack_query(q + h * width, q_rows + h * p.q_stride[1], p.D, T(1));
     }
     for (int64_t i = 0; i < unit.heads * width; ++i) grad_q[i] = 0;

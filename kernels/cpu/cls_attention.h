@@ -16,17 +16,19 @@ struct ClsAttentionParams {
   int64_t B, H, N, D;
   int64_t groups;     // of heads per image, at most H
   int64_t first_key;  // keys before it are left out of the softmax: their probability is 0
+  int64_t prefix;     // keys that the maps leave out
   const void* q;      // (B, H, D)
   const void* k;      // (B, H, N, D)
   int64_t q_stride[2], k_stride[3];
   double scale;
-  bool rounded;  // probs to dtype; else, as the backward reads them, they are float32 (float64 where dtype is)
-  void* probs;   // (B, H, N) dense
+  bool maps_only;
+  void* probs;  // dense; maps_only: (B, H, N - prefix) in dtype; else (B, H, N) in float32 (float64 where dtype is)
 };
 
 struct ClsAttentionGradParams {
   ClsAttentionParams forward;
-  const void* grad;  // (B, H, N) dense, like probs that are not rounded
+  int64_t columns;   // of grad: those of the last keys; the other keys have none
+  const void* grad;  // (B, H, columns) dense, in the type of probs
   void* grad_q;      // (B, H, D)
   void* grad_k;      // (B, H, N, D)
   int64_t grad_q_stride[2], grad_k_stride[3];
