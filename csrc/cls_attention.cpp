@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "in_parts.h"
 #include "tensor.h"
 
 namespace fastib {
@@ -40,8 +41,7 @@ Tensor forward(Tensor q, Tensor k, int64_t num_prefix_tokens, double scale, bool
   if (probs.numel() == 0) return probs;
   params.first_key = over_all ? 0 : num_prefix_tokens, params.prefix = num_prefix_tokens;
   params.maps_only = maps_only, params.probs = probs.mutable_data_ptr();
-  torch::stable::parallel_for(0, params.B * params.groups, 1,
-                              [&](int64_t begin, int64_t end) { cls_attention_forward(params, begin, end); });
+  in_parts(params.B * params.groups, [&](int64_t begin, int64_t end) { cls_attention_forward(params, begin, end); });
   return probs;
 }
 
@@ -63,8 +63,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor q, Tensor k, Tensor prob
   params.grad_q = grad_q.mutable_data_ptr(), params.grad_k = grad_k.mutable_data_ptr();
   for (int i = 0; i < 2; ++i) params.grad_q_stride[i] = grad_q.stride(i);
   for (int i = 0; i < 3; ++i) params.grad_k_stride[i] = grad_k.stride(i);
-  torch::stable::parallel_for(0, B * params.forward.groups, 1,
-                              [&](int64_t begin, int64_t end) { cls_attention_backward(params, begin, end); });
+  in_parts(B * params.forward.groups, [&](int64_t begin, int64_t end) { cls_attention_backward(params, begin, end); });
   return {grad_q, grad_k};
 }
 

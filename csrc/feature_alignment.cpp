@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "in_parts.h"
 #include "tensor.h"
 
 namespace fastib {
@@ -34,8 +35,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor student, Tensor teacher, bool 
   for (int i = 0; i < 2; ++i) p.student_stride[i] = student.stride(i), p.teacher_stride[i] = teacher.stride(i);
   p.loss = loss.mutable_data_ptr();
   if (gradient) p.direction = direction.mutable_data_ptr(), p.factor = factor.mutable_data_ptr();
-  torch::stable::parallel_for(0, p.B * p.L, 1,
-                              [&](int64_t begin, int64_t end) { feature_alignment_forward(p, begin, end); });
+  in_parts(p.B * p.L, [&](int64_t begin, int64_t end) { feature_alignment_forward(p, begin, end); });
   return {loss, direction, factor};
 }
 
@@ -56,8 +56,7 @@ Tensor backward(Tensor grad, Tensor direction, Tensor factor, int64_t tokens) {
   grad = dense(grad), direction = dense(direction), factor = dense(factor);
   g.grad = grad.const_data_ptr(), g.direction = direction.const_data_ptr(), g.factor = factor.const_data_ptr();
   g.grad_student = grad_student.mutable_data_ptr();
-  torch::stable::parallel_for(0, g.B * g.L, 1,
-                              [&](int64_t begin, int64_t end) { feature_alignment_backward(g, begin, end); });
+  in_parts(g.B * g.L, [&](int64_t begin, int64_t end) { feature_alignment_backward(g, begin, end); });
   return grad_student;
 }
 

@@ -58,25 +58,16 @@ void unpack_query(E* row, const T* src, int64_t D) {
   for (; d < D; ++d) store_float(row + d, src[d]);
 }
 
-// Where the row of each lane begins, in elements from the first; lanes from n on repeat the last one.
-template <typename T>
-struct LaneRows {
-  int64_t at[kLanes<T>];
-  LaneRows(int64_t stride, int64_t n) {
-    for (int l = 0; l < kLanes<T>; ++l) at[l] = smaller(l, n - 1) * stride;
-  }
-};
-
-// Adds to sums[l] the products of kVecs vectors of columns of lane l's row, and prefetches those `ahead` bytes on.
-template <int kVecs, typename E, typename T>
-inline __attribute__((always_inline)) void dot_columns(const T* q, const E* k, const LaneRows<T>& rows, int64_t ahead,
-                                                       Vec<T> (&sums)[kLanes<T>]) {
+// Adds to sums[l] the products of kVecs vectors of columns of row l, and prefetches those `ahead` bytes on.
+template <int kVecs, int kRows, typename E, typename T>
+inline __attribute__((always_inline)) void dot_columns(const T* q, const E* row, int64_t stride, int64_t ahead,
+                                                       Vec<T> (&sums)[kRows]) {
   constexpr int W = kLanes<T>;
   Vec<T> query[kVecs];
   for (int v = 0; v < kVecs; ++v) query[v] = load(q + v * W);
 #pragma GCC unroll 16
-  for (int l = 0; l < W; ++l) {
-    const E* row = k + rows.at[l];
+  for (int l = 0; l < kRows; ++l, row += stride) {
+    asm("" : "+r"(row));  // one address at a time: the compiler would keep all of them, and load them from the stack
     prefetch(row, ahead, kVecs * W * sizeof(E));
     if constexpr (kVecs == 1) {
       sums[l] += query[0] * load_row(row);
@@ -94,18 +85,21 @@ inline __attribute__((always_inline)) void dot_columns(const T* q, const E* k, c
   }
 }
 
-// Dot products of a packed query with the rows of k, one in each lane.
-template <typename E, typename T>
-Vec<T> dots(const T* q, const E* k, const LaneRows<T>& rows, int64_t D, int64_t ahead) {
+// Dot products of a packed query with kRows rows of k, to `to`.
+template <int kRows, typename E, typename T>
+void dots(T* to, const T* q, const E* k, int64_t stride, int64_t D, int64_t ahead) {
   constexpr int W = kLanes<T>;
-  Vec<T> sums[W] = {};
+  Vec<T> sums[kRows] = {};
   int64_t d = 0;
-  for (; d + 4 * W <= D; d += 4 * W) dot_columns<4>(q + d, k + d, rows, ahead, sums);
-  for (; d + 2 * W <= D; d += 2 * W) dot_columns<2>(q + d, k + d, rows, ahead, sums);
-  for (; d + W <= D; d += W) dot_columns<1>(q + d, k + d, rows, ahead, sums);
+  for (; d + 4 * W <= D; d += 4 * W) dot_columns<4>(q + d, k + d, stride, ahead, sums);
+  for (; d + 2 * W <= D; d += 2 * W) dot_columns<2>(q + d, k + d, stride, ahead, sums);
+  for (; d + W <= D; d += W) dot_columns<1>(q + d, k + d, stride, ahead, sums);
   for (; d < D; ++d)
-    for (int l = 0; l < W; ++l) sums[l][0] += q[d] * load_float(k + rows.at[l] + d);
-  return sum_each<T>(sums);
+    for (int l = 0; l < kRows; ++l) sums[l][0] += q[d] * load_float(k + l * stride + d);
+  if constexpr (kRows == 1)
+    *to = horizontal_sum<T>(sums[0]);
+  else
+    store(to, sum_each<T>(sums));
 }
 
 // Scores in units of log 2 to probabilities; n is a whole number of vectors, padding holds -infinity.
@@ -135,8 +129,7 @@ void forward(const ClsAttentionParams& p, int64_t begin, int64_t end) {
     throw std::bad_alloc();
   T* q = scratch.take<T>(p.H * width);
   T* scores = scratch.take<T>(p.H * padded);
-  const LaneRows<T> whole(p.k_stride[2], W), rest(p.k_stride[2], keys - (padded - W));
-  const int64_t ahead = W * p.k_stride[2] * static_cast<int64_t>(sizeof(E));
+  const int64_t stride = p.k_stride[2], ahead = W * stride * static_cast<int64_t>(sizeof(E));
   for (int64_t u = begin; u < end; ++u) {
     const Unit unit(p, u);
     const E* q_rows = static_cast<const E*>(p.q) + unit.b * p.q_stride[0] + unit.first * p.q_stride[1];
@@ -144,10 +137,14 @@ void forward(const ClsAttentionParams& p, int64_t begin, int64_t end) {
     for (int64_t h = 0; h < unit.heads; ++h)
       pack_query(q + h * width, q_rows + h * p.q_stride[1], p.D, static_cast<T>(p.scale * kLog2e));
     const auto block = [&](int64_t h, int64_t j) {
-      const E* rows = k + h * p.k_stride[1] + (p.first_key + j) * p.k_stride[2];
-      store(scores + h * padded + j, dots(q + h * width, rows, j + W <= keys ? whole : rest, p.D, ahead));
+      const E* rows = k + h * p.k_stride[1] + (p.first_key + j) * stride;
+      T* to = scores + h * padded + j;
+      if (j + W <= keys)
+        dots<W>(to, q + h * width, rows, stride, p.D, ahead);
+      else
+        for (int64_t l = 0; j + l < keys; ++l) dots<1>(to + l, q + h * width, rows + l * stride, stride, p.D, ahead);
     };
-    if (p.k_stride[1] > p.k_stride[2])  // each head's keys lie together
+    if (p.k_stride[1] > stride)  // each head's keys lie together
       for (int64_t h = 0; h < unit.heads; ++h)
         for (int64_t j = 0; j < keys; j += W) block(h, j);
     else

@@ -192,17 +192,24 @@ inline __attribute__((always_inline)) void transpose(Vec<T> (&x)[kLanes<T>]) {
   }
 }
 
-// Lane l of the result is the sum of the lanes of x[l]; x is used up.
-template <typename T, int kHalf = kLanes<T> / 2>
+// Lane l of the result is the sum of the lanes of x[l]; x is used up. A step adds the odd to the even parts of two
+// vectors: lanes within 16 bytes, then groups of 16 bytes, which shuffles without a vector of indices can do.
+template <typename T, int kCount = kLanes<T>>
 inline __attribute__((always_inline)) Vec<T> sum_each(Vec<T> (&x)[kLanes<T>]) {
-  if constexpr (kHalf == 0) {
+  if constexpr (kCount == 1) {
     return x[0];
   } else {
-    constexpr auto low = [](int l) { return l & kHalf ? kLanes<T> + l - kHalf : l; };
-    constexpr auto high = [](int l) { return l & kHalf ? kLanes<T> + l : l + kHalf; };
+    constexpr int W = kLanes<T>, kGroup = 16 / sizeof(T);
+    constexpr int kSpan = kCount > W / kGroup ? kGroup : W, kPart = kCount > W / kGroup ? 1 : kGroup;
+    constexpr auto even = [](int l) {
+      const int at = l % kSpan, half = kSpan / 2;
+      return l - at + (at < half ? 0 : W) + at % half / kPart * 2 * kPart + at % kPart;
+    };
+    constexpr auto odd = [even](int l) { return even(l) + kPart; };
 #pragma GCC unroll 8
-    for (int i = 0; i < kHalf; ++i) x[i] = shuffle<T>(x[i], x[i + kHalf], low) + shuffle<T>(x[i], x[i + kHalf], high);
-    return sum_each<T, kHalf / 2>(x);
+    for (int i = 0; i < kCount / 2; ++i)
+      x[i] = shuffle<T>(x[2 * i], x[2 * i + 1], even) + shuffle<T>(x[2 * i], x[2 * i + 1], odd);
+    return sum_each<T, kCount / 2>(x);
   }
 }
 
