@@ -41,7 +41,8 @@ def title(case: dict) -> str:
     shape = " ".join(f"{name}={size}" for name, size in case["shape"].items())
     drop = f", rpe_dropout {case['rpe_dropout']:g}" if case.get("rpe_dropout") else ""
     layout = f", {case['layout']}" if case.get("layout", "dense") != "dense" else ""
-    return f"{case['op']} {case['mode']}, {shape}, {case['dtype']}{drop}{layout}"
+    kind = "".join(f", {name}" for name in ("masked", "repeated") if case.get(name))
+    return f"{case['op']} {case['mode']}, {shape}, {case['dtype']}{drop}{layout}{kind}"
 
 
 def time_text(milliseconds: float | None) -> str:

@@ -27,7 +27,8 @@ STABLE_TORCH_LIBRARY(fastib, m) {
   m.def(
       "attention_link_loss_and_gradients(Tensor attn, Tensor weight, Tensor bias, Tensor target, Tensor? mask, "
       "float eps) -> (Tensor loss, Tensor grad_attn, Tensor grad_weight, Tensor grad_bias)");
-  m.def("cls_attention(Tensor q, Tensor k, int num_prefix_tokens, float scale, bool over_all, bool maps_only) -> Tensor");
+  m.def(
+      "cls_attention(Tensor q, Tensor k, int num_prefix_tokens, float scale, bool over_all, bool maps_only) -> Tensor");
   m.def(
       "cls_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor probs, float scale) -> "
       "(Tensor grad_q, Tensor grad_k)");

@@ -23,6 +23,7 @@ class Case:
     mode: str  # forward | train: and gradients to all inputs
     masked: bool = False
     device: str = "cpu"
+    repeated: bool = False  # timed in calls one after the other, with the inputs in the caches
 
     @property
     def trains(self) -> bool:
@@ -41,8 +42,8 @@ class Case:
     def key(self) -> str:
         """Identifies the case in files, test names and `-k` expressions."""
         sizes = "-".join(f"{name}{size}" for name, size in zip(self.names, self.sizes, strict=True))
-        masked = "-masked" if self.masked else ""
-        return f"{self.device}-{self.mode}-{self.op}-{sizes}-{self.dtype}{masked}"
+        kind = "-masked" if self.masked else "-repeated" if self.repeated else ""
+        return f"{self.device}-{self.mode}-{self.op}-{sizes}-{self.dtype}{kind}"
 
     def flops(self) -> float:
         """One product forward; two more backward. The same for every peer, masked or not."""

@@ -24,7 +24,9 @@ from fastib.reference.cls_attention import cls_attention_maps_ref
 
 _NAME = "cls_attention_maps"
 SCHEMAS = {
-    "cls_attention": "(Tensor q, Tensor k, int num_prefix_tokens, float scale, bool over_all, bool maps_only) -> Tensor",
+    "cls_attention": (
+        "(Tensor q, Tensor k, int num_prefix_tokens, float scale, bool over_all, bool maps_only) -> Tensor"
+    ),
     "cls_attention_backward": (
         "(Tensor grad, Tensor q, Tensor k, Tensor probs, float scale) -> (Tensor grad_q, Tensor grad_k)"
     ),

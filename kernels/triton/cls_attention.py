@@ -34,7 +34,10 @@ def cls_attention_fwd_kernel(
     q_ptr, k_ptr, probs_ptr, stride_qb, stride_qh, stride_kb, stride_kh, stride_kn, H, N, first_key, first, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """probs (B, H, N - first) of the keys from `first` on; 0 before first_key. SINGLE: one block holds all keys, else they are read twice."""
+    """probs (B, H, N - first) of the keys from `first` on; 0 before first_key.
+
+    SINGLE: one block holds all keys, else they are read twice.
+    """
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // H, bh % H
     k_ptr += b * stride_kb + h * stride_kh

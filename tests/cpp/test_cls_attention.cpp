@@ -16,6 +16,8 @@ struct Case {
   int64_t B, H, N, D, first_key;
   bool heads_last;
   int64_t gap;  // elements left out after each row of k and of its gradient
+
+  int64_t prefix() const { return std::min<int64_t>(2, N - 1); }  // of the maps, and of keys whose grad is not given
 };
 
 template <typename E>
@@ -36,7 +38,7 @@ template <typename E>
 struct Problem {
   using Wide = std::conditional_t<std::is_same_v<E, double>, double, float>;
   const Case& c;
-  Tensor<E, 3> q, grad_q;
+  Tensor<E, 3> q, grad_q, maps;
   Tensor<Wide, 3> probs, grad;
   Tensor<E, 4> k, grad_k;
   std::vector<double> qs, ks, gs;
@@ -46,8 +48,9 @@ struct Problem {
       : c(c),
         q(dense<E, 3>({c.B, c.H, c.D})),
         grad_q(q),
+        maps(dense<E, 3>({c.B, c.H, c.N - c.prefix()})),
         probs(dense<Wide, 3>({c.B, c.H, c.N})),
-        grad(probs),
+        grad(dense<Wide, 3>({c.B, c.H, c.N - c.prefix()})),
         k(keys<E>(c)),
         grad_k(k) {
     std::mt19937 random(static_cast<unsigned>(c.N * 31 + c.D));
@@ -56,13 +59,15 @@ struct Problem {
       return [&]<typename T>(T& e) { e = Element<T>::from(normal(random)), values.push_back(Element<T>::to(e)); };
     };
     q.each(draw(qs)), k.each(draw(ks)), grad.each(draw(gs));
+    for (int64_t row = 0; row < c.B * c.H; ++row) gs.insert(gs.begin() + row * c.N, c.prefix(), 0.0);
   }
 
   ClsAttentionGradParams params(int64_t groups) {
     ClsAttentionGradParams g{};
     ClsAttentionParams& p = g.forward;
     p.dtype = Element<E>::dtype, p.B = c.B, p.H = c.H, p.N = c.N, p.D = c.D, p.groups = groups;
-    p.first_key = c.first_key, p.scale = scale;
+    p.first_key = c.first_key, p.prefix = c.prefix(), p.scale = scale;
+    g.columns = c.N - c.prefix();
     p.q = q.data.data(), p.k = k.data.data(), p.probs = probs.data.data();
     g.grad = grad.data.data(), g.grad_q = grad_q.data.data(), g.grad_k = grad_k.data.data();
     std::copy_n(q.stride, 2, p.q_stride), std::copy_n(k.stride, 3, p.k_stride);
@@ -72,12 +77,12 @@ struct Problem {
 
   void clear() {
     probs.data.assign(probs.data.size(), Element<Wide>::from(kGuard));
-    for (auto* data : {&grad_q.data, &grad_k.data}) data->assign(data->size(), Element<E>::from(kGuard));
+    for (auto* data : {&grad_q.data, &grad_k.data, &maps.data}) data->assign(data->size(), Element<E>::from(kGuard));
   }
 
   // The gradients are those of the probabilities as they are stored.
   void check(const std::string& where) {
-    std::vector<double> exact, size, stored, exact_q(qs.size()), size_q(qs.size()), exact_k(ks.size()),
+    std::vector<double> exact, size, cut, cut_size, stored, exact_q(qs.size()), size_q(qs.size()), exact_k(ks.size()),
         size_k(ks.size());
     probs.each([&](Wide& e) { stored.push_back(e); });
     for (int64_t row = 0; row < c.B * c.H; ++row) {
@@ -94,6 +99,7 @@ struct Problem {
       for (int64_t j = c.first_key; j < c.N; ++j) sum += std::exp(s[j] - top);
       for (int64_t j = 0; j < c.N; ++j) {
         exact.push_back(j < c.first_key ? 0 : std::exp(s[j] - top) / sum), size.push_back(largest * exact.back());
+        if (j >= c.prefix()) cut.push_back(exact.back()), cut_size.push_back(size.back());
         const double term = stored[row * c.N + j] * gs[row * c.N + j];
         delta += term, delta_size += std::fabs(term);
       }
@@ -108,6 +114,7 @@ struct Problem {
       }
     }
     compare(probs, exact, size, where + " probs");
+    compare(maps, cut, cut_size, where + " maps");
     compare(grad_q, exact_q, size_q, where + " grad_q");
     compare(grad_k, exact_k, size_k, where + " grad_k");
   }
@@ -125,6 +132,9 @@ void run(const Case& c) {
     const ClsAttentionGradParams whole = problem.params(1);
     cls_attention_forward(whole.forward, 0, c.B);
     cls_attention_backward(whole, 0, c.B);
+    ClsAttentionParams maps = whole.forward;
+    maps.maps_only = true, maps.probs = problem.maps.data.data();
+    cls_attention_forward(maps, 0, c.B);
     problem.check(isa + " " + name);
     const auto probs = problem.probs.data, grad_q = problem.grad_q.data, grad_k = problem.grad_k.data;
     for (int64_t groups : {c.H, (c.H + 1) / 2}) {
