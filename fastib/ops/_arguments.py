@@ -43,7 +43,7 @@ def is_autocast_enabled(x: Tensor) -> bool:
 
 def autocast(*tensors: Any) -> Any:
     """The tensors in the autocast dtype where autocast is on; float64 stays, as in PyTorch, and so does None."""
-    if not torch._C._is_any_autocast_enabled() or not is_autocast_enabled(tensors[0]):
+    if not is_autocast_enabled(tensors[0]):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     kept = (t is None or t.dtype == torch.float64 or not t.is_floating_point() for t in tensors)
