@@ -1,4 +1,4 @@
-// Work for all threads whose parts cost little to begin.
+// Loops over all threads, in parts that cost little to begin.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

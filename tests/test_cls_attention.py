@@ -228,6 +228,32 @@ def test_native_checks():
         backward(probs, q, k, probs[..., 1:], 1.0)
 
 
+def test_cut_maps_have_no_gradient_and_say_so():
+    if not _native.lib_available():
+        pytest.skip(_native.why_not())
+    q, k, _ = (t.requires_grad_() for t in draw(2, 3, 9, 8, torch.float32, prefix=2))
+    maps = torch.ops.fastib.cls_attention(q, k, 2, 0.3, False, True)
+    with pytest.raises(RuntimeError, match="maps_only=True keeps nothing for gradients"):
+        maps.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_maps_changed_in_place_give_right_gradients_or_an_error(target, dtype):
+    """Those in 16 bits are copies of what the backward reads; those in float32 are not."""
+    q, k, grad_out = draw(2, 3, 9, 8, dtype)
+    q, k = (t.to(target.device).requires_grad_() for t in (q, k))
+    maps = cls_attention_maps(q, k, backend=target.backend)
+    if dtype == torch.float32:
+        with pytest.raises(RuntimeError, match="modified inplace"):
+            maps.mul_(2)
+        return
+    found = torch.autograd.grad(maps.mul_(2), (q, k), grad_out.to(target.device))
+    expected = torch.autograd.grad(
+        cls_attention_maps(q, k, backend=target.backend), (q, k), 2 * grad_out.to(target.device)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_opcheck():
     if not _native.lib_available():
         pytest.skip(_native.why_not())

@@ -124,7 +124,7 @@ def grid(op: str, grid_size: Any) -> tuple[int, int]:
         raise invalid(op, "grid_size", expected, repr(grid_size)) from None
 
 
-def default_scale(head_dim: int | torch.SymInt) -> float:
+def default_scale(head_dim: int | torch.SymInt | Tensor) -> float:
     """head_dim^-1/2; as a number, where `torch.jit.trace` would take the power of a float32 tensor."""
     size = max(head_dim, 1)
     return (torch.sym_float(size) if isinstance(size, Tensor) else size) ** -0.5

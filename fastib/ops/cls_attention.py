@@ -68,12 +68,12 @@ def cls_attention_maps(
         raise invalid(_NAME, "over", "'patches' or 'all'", repr(over))
     if _OP.choose(backend, k) == "reference":
         return cls_attention_maps_ref(q, k, num_prefix_tokens=num_prefix_tokens, scale=scale, over=over)
-    args, trains = (q, k, num_prefix_tokens, scale, over == "all"), q.requires_grad or k.requires_grad
-    trains = trains and torch.is_grad_enabled()
-    if _backend.is_recorded():  # what is recorded may train where the call does not
-        trains = trains or _backend.may_train_later()
-        probs = _forward(*args, not trains)
-        return _cut(probs, num_prefix_tokens, q.dtype) if trains else probs
+    args = (q, k, num_prefix_tokens, scale, over == "all")
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    if _backend.is_recorded():
+        if trains or _backend.may_train_later():
+            return _cut(_forward(*args, False), num_prefix_tokens, q.dtype)
+        return _forward(*args, True)
     if trains:
         return _ClsAttention.apply(*args)
     with below_autograd():
@@ -130,22 +130,26 @@ class _ClsAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
+        q, _, num_prefix_tokens, *_ = args
         with below_autograd():
             probs = _forward(*args, False)
-        _save(ctx, args, probs)
-        return _cut(probs, args[2], args[1].dtype)
+        _save(ctx, (*args, False), probs)
+        return _cut(probs, num_prefix_tokens, q.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, grad)[:5]
+        *gradients, _maps_only = _gradients(ctx, grad)
+        return tuple(gradients)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, _, ctx.scale, *_ = inputs
+    q, k, _, ctx.scale, _, ctx.maps_only = inputs
     ctx.save_for_backward(q, k, output)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.maps_only:
+        raise RuntimeError(f"{_NAME}: maps_only=True keeps nothing for gradients; record the call with gradients on")
     q, k, probs = ctx.saved_tensors
     return (*_backward(grad.to(probs.dtype), q, k, probs, ctx.scale), None, None, None, None)
 

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 128 + stopped.signum
     except (HarnessError, OSError) as error:  # a disk that is full, a folder that cannot be written to
         print(f"error: {_message(error)}", file=sys.stderr)
-        return 1
+        return 1  # in the group: another process may still wait for this one in it, and learns of its end
     leave_process_group()
     return code
 

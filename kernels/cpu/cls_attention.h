@@ -16,7 +16,7 @@ struct ClsAttentionParams {
   int64_t B, H, N, D;
   int64_t groups;     // of heads per image, at most H
   int64_t first_key;  // keys before it are left out of the softmax: their probability is 0
-  int64_t prefix;     // keys that the maps leave out
+  int64_t prefix;     // keys that maps_only leaves out
   const void* q;      // (B, H, D)
   const void* k;      // (B, H, N, D)
   int64_t q_stride[2], k_stride[3];

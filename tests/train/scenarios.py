@@ -87,7 +87,10 @@ def sharded(config: str) -> None:
 
     AcceleratorState.__init__ = sharded_init
     run = read_config(config)
-    resume(run.output) if Path(run.output).exists() else train(run)
+    if Path(run.output).exists():
+        resume(run.output)
+    else:
+        train(run)
     leave_process_group()
     sys.stdout.flush()
     os._exit(0)  # DTensor's caches keep the mesh, and so the threads of gloo, which FSDP does not use elsewhere
