@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
+
+from benchmarks.report import title
 
 SHADES = {
     "eager": "#9aa5b1",
@@ -50,9 +53,7 @@ def draw(path: Path) -> Path:
         axis.invert_yaxis()
         axis.tick_params(labelsize=7)
         axis.set_xlabel("ms", fontsize=7)
-        shape = " ".join(f"{name}={size}" for name, size in case["shape"].items())
-        drop = f", rpe_dropout {case['rpe_dropout']:g}" if case.get("rpe_dropout") else ""
-        axis.set_title(f"{case['op']} {case['mode']} {case['dtype']}{drop}\n{shape}", fontsize=8)
+        axis.set_title(textwrap.fill(title(case), 52), fontsize=8)
     machine = stored["machine"]
     figure.suptitle(f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}", fontsize=10)
     target = path.with_suffix(".png")

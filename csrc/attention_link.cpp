@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "parallel.h"
 #include "tensor.h"
 
 namespace fastib {
@@ -56,8 +57,7 @@ struct Call {
   bool empty() const { return params.B == 0 || params.C == 0 || params.S == 0; }
 
   void run() {
-    torch::stable::parallel_for(0, params.chunks, 1,
-                                [&](int64_t begin, int64_t end) { attention_link(params, begin, end); });
+    in_parallel(params.chunks, [&](int64_t begin, int64_t end) { attention_link(params, begin, end); });
   }
 
   // Loss and gradients of the sum of scale * loss; scale (B, C) or null.

@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "parallel.h"
 #include "tensor.h"
 
 namespace fastib {
@@ -79,15 +80,13 @@ void run(DepthwiseBlockParams& p, bool training, const AfterForward& after) {
   const int64_t threads = torch::stable::get_num_threads();
   if (const int64_t channels = training ? depthwise_block_resident_channels(p, kForwardMaps, threads) : 0) {
     p.unit_channels = channels;
-    return torch::stable::parallel_for(0, (p.C + channels - 1) / channels, 1, [&](int64_t begin, int64_t end) {
-      depthwise_block_forward_resident(p, after, begin, end);
-    });
+    return in_parallel((p.C + channels - 1) / channels,
+                       [&](int64_t begin, int64_t end) { depthwise_block_forward_resident(p, after, begin, end); });
   }
   p.unit_channels = kUnitChannels;
   for (const ForwardPass pass : {ForwardPass::x_statistics, ForwardPass::conv_statistics, ForwardPass::output}) {
     if (training || pass == ForwardPass::output)
-      torch::stable::parallel_for(0, units(p, 1), 1,
-                                  [&](int64_t begin, int64_t end) { depthwise_block_forward(p, pass, begin, end); });
+      in_parallel(units(p, 1), [&](int64_t begin, int64_t end) { depthwise_block_forward(p, pass, begin, end); });
     if (pass != ForwardPass::output) after(pass, 0, p.C);
   }
 }
@@ -97,14 +96,13 @@ void run(DepthwiseBlockGradParams& g, const AfterBackward& after) {
   const int64_t threads = torch::stable::get_num_threads();
   if (const int64_t channels = depthwise_block_resident_channels(p, kBackwardMaps, threads)) {
     p.unit_channels = channels;
-    return torch::stable::parallel_for(0, (p.C + channels - 1) / channels, 1, [&](int64_t begin, int64_t end) {
-      depthwise_block_backward_resident(g, after, begin, end);
-    });
+    return in_parallel((p.C + channels - 1) / channels,
+                       [&](int64_t begin, int64_t end) { depthwise_block_backward_resident(g, after, begin, end); });
   }
   p.unit_channels = kUnitChannels;
   for (const BackwardPass pass : {BackwardPass::norm2, BackwardPass::norm1, BackwardPass::x}) {
-    torch::stable::parallel_for(0, units(p, kUnitGroup), 1,
-                                [&](int64_t begin, int64_t end) { depthwise_block_backward(g, pass, begin, end); });
+    in_parallel(units(p, kUnitGroup),
+                [&](int64_t begin, int64_t end) { depthwise_block_backward(g, pass, begin, end); });
     if (pass != BackwardPass::x) after(pass, 0, p.C);
   }
 }

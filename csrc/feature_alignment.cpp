@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "in_parts.h"
+#include "parallel.h"
 #include "tensor.h"
 
 namespace fastib {

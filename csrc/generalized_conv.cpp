@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "../kernels/cpu/generalized_conv_product.h"
+#include "parallel.h"
 #include "tensor.h"
 #ifdef FASTIB_WITH_CUDA
 #include "../kernels/cuda/generalized_conv.h"
@@ -17,12 +18,6 @@
 
 namespace fastib {
 namespace {
-
-// f(begin, end) over [0, n).
-template <typename F>
-void in_parallel(int64_t n, const F& f) {
-  torch::stable::parallel_for(0, n, 1, f);
-}
 
 // Whether x, which must have four dimensions, counts as channels last.
 bool channels_last(const Tensor& x) {

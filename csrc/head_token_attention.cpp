@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "parallel.h"
 #include "tensor.h"
 
 namespace fastib {
@@ -52,8 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor 
   Tensor stats = new_empty(q, {p.B, p.H, 2, p.N + p.T}, accumulation_dtype(q));
   if (call.empty()) return {out, torch::stable::zero_(parts), torch::stable::zero_(stats)};
   p.out = writable(out), p.parts = writable(parts), p.stats = stats.mutable_data_ptr();
-  torch::stable::parallel_for(0, p.B * p.H, 1,
-                              [&](int64_t begin, int64_t end) { head_token_attention_forward(p, begin, end); });
+  in_parallel(p.B * p.H, [&](int64_t begin, int64_t end) { head_token_attention_forward(p, begin, end); });
   return {out, parts, stats};
 }
 
@@ -81,8 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_
   params.grad_out = readable(grad_out);
   params.grads = {writable(grad_q),       writable(grad_k),       writable(grad_v),
                   writable(grad_q_extra), writable(grad_k_extra), writable(grad_v_extra)};
-  torch::stable::parallel_for(0, p.B * p.H, 1,
-                              [&](int64_t begin, int64_t end) { head_token_attention_backward(params, begin, end); });
+  in_parallel(p.B * p.H, [&](int64_t begin, int64_t end) { head_token_attention_backward(params, begin, end); });
   return {grad_q, grad_k, grad_v, grad_q_extra, grad_k_extra, grad_v_extra};
 }
 

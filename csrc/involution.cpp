@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "parallel.h"
 #include "tensor.h"
 #ifdef FASTIB_WITH_CUDA
 #include "../kernels/cuda/involution.h"
@@ -123,16 +124,15 @@ Tensor forward(Tensor x, Tensor weight, int64_t stride, int64_t dilation) {
   if (call.empty()) return out;
   p.out = out.mutable_data_ptr();
   call.image_strides(p.out_stride, out);
-  torch::stable::parallel_for(0, involution_units(p), 1,
-                              [&](int64_t begin, int64_t end) { involution_forward(p, begin, end); });
+  in_parallel(involution_units(p), [&](int64_t begin, int64_t end) { involution_forward(p, begin, end); });
   return out;
 }
 
 std::tuple<Tensor, Tensor> backward(Tensor grad_out, Tensor x, Tensor weight, int64_t stride, int64_t dilation) {
   const BackwardCall call(grad_out, x, weight, stride, dilation);
   if (!call.empty())
-    torch::stable::parallel_for(0, involution_units(call.params), 1,
-                                [&](int64_t begin, int64_t end) { involution_backward(call.gradients, begin, end); });
+    in_parallel(involution_units(call.params),
+                [&](int64_t begin, int64_t end) { involution_backward(call.gradients, begin, end); });
   return {call.grad_x, call.grad_weight};
 }
 

@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "parallel.h"
 #include "tensor.h"
 
 namespace fastib {
@@ -70,8 +71,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor alpha, T
   params.out = out.mutable_data_ptr();
   set_strides(params.out_stride, out);
   params.stats = stats.mutable_data_ptr();
-  torch::stable::parallel_for(0, params.B * params.H, 1,
-                              [&](int64_t begin, int64_t end) { mhca_attention_forward(params, begin, end); });
+  in_parallel(params.B * params.H, [&](int64_t begin, int64_t end) { mhca_attention_forward(params, begin, end); });
   return {out, stats};
 }
 
@@ -111,8 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Ten
   set_strides(params.grad_k_stride, grad_k);
   set_strides(params.grad_v_stride, grad_v);
   params.grad_position = grad_position.mutable_data_ptr<double>();
-  torch::stable::parallel_for(0, B * H, 1,
-                              [&](int64_t begin, int64_t end) { mhca_attention_backward(params, begin, end); });
+  in_parallel(B * H, [&](int64_t begin, int64_t end) { mhca_attention_backward(params, begin, end); });
   mhca_attention_reduce_position(params, grad_alpha.mutable_data_ptr(), grad_center.mutable_data_ptr());
   return {grad_q, grad_k, grad_v, grad_alpha, grad_center};
 }

@@ -1,4 +1,4 @@
-// Loops over all threads, in parts that cost little to begin.
+// Loops over all threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -9,9 +9,15 @@
 
 namespace fastib {
 
-// Calls f(begin, end) on parts of [0, n) until all are done. A thread takes the next part when it is done with one, so
-// that one which wakes late or is interrupted holds up the others by a part at most. For kernels that memory bounds:
-// those that keep things from unit to unit lose more than this gains.
+// Calls f(begin, end) on as many equal parts of [0, n) as there are threads.
+template <typename F>
+void in_parallel(int64_t n, const F& f) {
+  torch::stable::parallel_for(0, n, 1, f);
+}
+
+// The same on eight parts a thread, which takes the next one when it is done with one, so that a thread that wakes late
+// or is interrupted holds up the others by a part at most. For kernels that memory bounds: those that keep things from
+// unit to unit lose more than this gains.
 template <typename F>
 void in_parts(int64_t n, const F& f) {
   constexpr int64_t kPerThread = 8;
