@@ -47,6 +47,10 @@ STABLE_TORCH_LIBRARY(fastib, m) {
       "head_token_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor q_extra, Tensor k_extra, "
       "Tensor v_extra, Tensor out, Tensor parts, Tensor stats, Tensor? seed, float scale, float attn_dropout) -> "
       "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_q_extra, Tensor grad_k_extra, Tensor grad_v_extra)");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias) -> "
+      "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   m.def(
       "mhca_attention(Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor center, Tensor? seed, int grid_h, int grid_w, "
       "int num_prefix_tokens, float scale, float rpe_dropout, float attn_dropout) -> (Tensor out, Tensor stats)");

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastib.nn.batch_norm import takes_statistics, track_statistics
 from fastib.nn.grid import patch_grid
 from fastib.ops import depthwise_block
+from fastib.ops.linear import has_own_products, linear
 
 __all__ = ["DAFF"]
 
@@ -26,7 +27,8 @@ class DAFF(nn.Module):
     dim: channels of input and output. hidden_dim: channels inside, 4 dim where None. grid_size: patches (grid_h,
     grid_w), may be reassigned. reduction: of the channels between reduce and expand.
     backend: of `fastib.ops.depthwise_block`, which computes all between conv1 and conv3 in passes that store nothing,
-        unless one of these layers was replaced, pruned or has hooks: then they run one by one.
+        unless one of these layers was replaced, pruned or has hooks: then they run one by one. conv1 and conv3 are
+        products of our own in float32 on the CPU, PyTorch's elsewhere and with "reference".
     `nn.SyncBatchNorm.convert_sync_batchnorm` makes its norms synchronised ones; they run layer by layer.
     """
 
@@ -59,11 +61,18 @@ class DAFF(nn.Module):
         """
         grid = patch_grid("DAFF", self.grid_size, x.shape[1], 1)
         cls, patches = x.split((1, x.shape[1] - 1), dim=1)
-        hidden = _on_grid(self.conv1, patches, grid)
+        hidden = self._pointwise(self.conv1, patches, grid)
         mixed = self._fused(hidden, grid) if self._can_fuse(hidden) else self._layers(hidden, grid)
-        y = _on_grid(lambda maps: self.norm3(self.conv3(maps)), mixed, grid)
+        y = _on_grid(self.norm3, self._pointwise(self.conv3, mixed, grid), grid)
         weight = self.expand(F.gelu(self.reduce(y.mean(dim=1))))
         return torch.cat((cls * weight.unsqueeze(1), y), dim=1)
+
+    def _pointwise(self, conv: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        if self.backend in (None, "cpu") and _is_pointwise(conv):
+            inputs = x, conv.weight.flatten(1), conv.bias
+            if has_own_products(*inputs):
+                return linear(*inputs)
+        return _on_grid(conv, x, grid)
 
     def _can_fuse(self, hidden: Tensor) -> bool:
         """Plain layers as they are built, without hooks, and the norms in one mode.
@@ -104,6 +113,13 @@ def _is_depthwise(conv: nn.Module, channels: int) -> bool:
         return False
     sizes = conv.kernel_size, conv.padding, conv.stride, conv.dilation
     return sizes == ((3, 3), (1, 1), (1, 1), (1, 1)) and conv.groups == conv.in_channels == channels
+
+
+def _is_pointwise(conv: nn.Module) -> bool:
+    """Whether it is a 1 x 1 convolution as DAFF builds them, without hooks."""
+    if type(conv) is not nn.Conv2d or _has_hooks(conv):
+        return False
+    return (conv.kernel_size, conv.padding, conv.stride, conv.groups) == ((1, 1), (0, 0), (1, 1), 1)
 
 
 def _has_hooks(layer: nn.Module) -> bool:

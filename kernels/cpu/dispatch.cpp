@@ -10,6 +10,7 @@
 #include "generalized_conv_product.h"
 #include "head_token_attention.h"
 #include "involution.h"
+#include "linear.h"
 #include "mhca_attention.h"
 
 // Every kernel with a copy per instruction set: X(name, parameters, arguments).
@@ -49,6 +50,8 @@
     (params, begin, end))                                                                                              \
   X(involution_forward, (const InvolutionParams& params, int64_t begin, int64_t end), (params, begin, end))            \
   X(involution_backward, (const InvolutionGradParams& params, int64_t begin, int64_t end), (params, begin, end))       \
+  X(linear, (const LinearParams& params, int64_t begin, int64_t end), (params, begin, end))                            \
+  X(linear_weight, (const LinearWeightParams& params, int64_t begin, int64_t end), (params, begin, end))               \
   X(mhca_attention_forward, (const MhcaAttentionParams& params, int64_t begin, int64_t end), (params, begin, end))     \
   X(mhca_attention_backward, (const MhcaAttentionGradParams& params, int64_t begin, int64_t end), (params, begin, end))
 

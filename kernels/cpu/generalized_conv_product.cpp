@@ -38,14 +38,6 @@ void product(int64_t M, int64_t vecs, int64_t K, Left<float> a, Right<float> b, 
     gemm_in_tiles<kManyRegisters ? 14 : 6, 2>(M, vecs, K, a, b, sink);
 }
 
-// A matrix as right operand, (vectors, steps, W), zero beyond `lanes`. Element (lane, step) is at p[lane * lane_stride
-// + step * step_stride].
-void pack_right(float* to, const float* p, int64_t lanes, int64_t lane_stride, int64_t steps, int64_t step_stride) {
-  if (step_stride == 1) return pack_columns(to, Rows<const float>{p, lane_stride}, lanes, steps);
-  for (int64_t at = 0; at < lanes; at += W)
-    pack_rows(to + at * steps, W, Rows<const float>{p + at, step_stride}, steps, smaller(W, lanes - at));
-}
-
 // The blocks of an outer image as left operand, their pixels or their channels as its rows. Planes that lie a power of
 // two apart fall on the same few places of the caches: such blocks are copied.
 class OuterBlocks {
@@ -113,7 +105,7 @@ class Into {
         weight_(scratch.take<float>(vecs_ * N_ * W)),
         places_(scratch.take<int64_t>(s_.pixels() * s_.H)),
         heads_(scratch.take<int64_t>(vecs_)) {
-    pack_right(weight_, p.into.p, s_.M, p.into.inner, N_, p.into.outer);
+    pack_matrix(weight_, p.into.p, s_.M, p.into.inner, N_, p.into.outer);
     for_each_place([this](int64_t pixel, int64_t head, int64_t to, int64_t) { places_[pixel * s_.H + head] = to; });
     for (int64_t v = 0; v < vecs_; ++v) {
       const int64_t first = v * W / D_;
@@ -203,7 +195,7 @@ class Back {
         bias_(p.bias),
         weight_(scratch.take<float>(lanes_ * s_.M)),
         block_(scratch.take<float>(lanes_ * block_pixels(s_))) {
-    pack_right(weight_, p.back.p, N_, p.back.outer, s_.M, p.back.inner);
+    pack_matrix(weight_, p.back.p, N_, p.back.outer, s_.M, p.back.inner);
   }
   Back(const Back&) = delete;
 

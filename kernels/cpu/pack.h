@@ -242,6 +242,16 @@ inline void pack_columns(T* dst, R<const E> from, int64_t n, int64_t D) {
   }
 }
 
+// A matrix in vectors (lanes / W, steps, W), zero beyond its lanes. Element (lane, step) is at
+// p[lane * lane_stride + step * step_stride], one of the strides 1.
+inline void pack_matrix(float* to, const float* p, int64_t lanes, int64_t lane_stride, int64_t steps,
+                        int64_t step_stride) {
+  constexpr int W = kLanes<float>;
+  if (step_stride == 1) return pack_columns(to, Rows<const float>{p, lane_stride}, lanes, steps);
+  for (int64_t at = 0; at < lanes; at += W)
+    pack_rows(to + at * steps, W, Rows<const float>{p + at, step_stride}, steps, smaller(W, lanes - at));
+}
+
 // to (n, D) = src (n, padded) * factor.
 template <template <typename> class R, typename E, typename T>
 inline void unpack_rows(R<E> to, const T* src, int64_t padded, int64_t n, int64_t D, T factor) {

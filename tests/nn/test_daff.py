@@ -1,11 +1,16 @@
 """DAFF: the published layers, what the class token takes part in, norms of every kind, grids and errors."""
 
+import copy
+import sys
+
 import pytest
 import torch
+from helpers import assert_twofold
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
+from fastib import _native
 from fastib.nn import DAFF
 
 
@@ -195,3 +200,62 @@ def test_replaced_layers_and_hooks_are_run():
     expected = published(module, x, (3, 5), False)
     module.conv2 = doubled
     torch.testing.assert_close(module(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def counted_linear(monkeypatch) -> list[tuple[int, ...]]:
+    """The shapes that DAFF gives to our own products, of any size from now on."""
+    shapes, own = [], sys.modules["fastib.ops.linear"]
+    monkeypatch.setattr(own, "_FEW", 0)
+    monkeypatch.setattr(
+        sys.modules["fastib.nn.daff"], "linear", lambda x, *rest: shapes.append(tuple(x.shape)) or own.linear(x, *rest)
+    )
+    return shapes
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_own_products_equal_the_published_layers(monkeypatch, training):
+    """In float32: value and all gradients, at most twice as far from float64 as the layers that PyTorch runs."""
+    exact, shapes = shaken(24, 70, (5, 6)).train(training), counted_linear(monkeypatch)
+    x = tokens(6, 31, 24).float().detach()
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+
+    def results(module, backend, dtype):
+        module.backend, leaf = backend, x.to(dtype).requires_grad_()
+        out = module(leaf)
+        return out, *torch.autograd.grad((out * weight).sum(), [leaf, *module.parameters()])
+
+    expected = results(exact, "reference", torch.float64)
+    assert not shapes
+    module = copy.deepcopy(exact).float()
+    plain = results(copy.deepcopy(module), "reference", torch.float32)
+    own = results(module, None, torch.float32)
+    assert shapes == ([(6, 30, 24), (6, 30, 70)] if _native.lib_available() else shapes)
+    names = "out", "grad_x", *dict(module.named_parameters())
+    for name, *result in zip(names, own, plain, expected, strict=True):
+        assert_twofold(*result, torch.float32, floor=1e-6, name=name)
+
+
+def test_own_products_give_way(monkeypatch):
+    """To hooks, pruned and replaced layers, autocast, and backend="reference", which has all derivatives."""
+    shapes = counted_linear(monkeypatch)
+    module, x, names = shaken(8, 20, (3, 5)).float(), tokens(3, 16, 8).float().detach(), []
+    expected = published(copy.deepcopy(module).double(), x.double(), (3, 5), True)
+    for layer in (module.conv1, module.conv3):
+        hook = layer.register_forward_hook(lambda *_, layer=layer: names.append(layer))
+        torch.testing.assert_close(module(x).double(), expected, rtol=1e-4, atol=1e-5)
+        hook.remove()
+    assert names == [module.conv1, module.conv3] and shapes == [(3, 15, 20), (3, 15, 8)]
+    shapes.clear()
+    prune.l1_unstructured(module.conv1, "weight", 0.5)
+    module.conv3 = nn.Sequential(module.conv3)
+    module(x).sum().backward()
+    assert not shapes
+    prune.remove(module.conv1, "weight")
+    module.conv3 = module.conv3[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        module(x)
+    module.backend = "reference"
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(module(leaf).square().sum(), leaf, create_graph=True)
+    gradient.square().sum().backward()
+    assert leaf.grad.abs().max() > 0 and not shapes
