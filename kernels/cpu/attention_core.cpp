@@ -105,17 +105,14 @@ void AttentionCore<U>::backward(const AttentionGradInputs<E>& x, const Attention
       pack_right(q_right_, width_, x.forward.q.from(i0), rows, s_.D);
       pack_right(grad_out_right_, width_, x.grad_out.from(i0), rows, s_.D);
     }
-    // Of rows of v that are alike it is what grad_out v^T is, and their difference a rounding of out. In float64, where
-    // nothing is wider, lanes lose less.
+    // Of rows of v that are alike it is what grad_out v^T is, and their difference a rounding of out: in float32 it is
+    // summed as that product is. In float64, where nothing is wider, lanes lose less; 16 bits of out lose more.
     int64_t done = 0;
-    if constexpr (std::is_same_v<T, float>)
+    if constexpr (std::is_same_v<E, float>) {
       for (; done + 8 <= rows; done += 8) dots_in_order<8>(x.grad_out, x.out, i0 + done, s_.D, delta_ + done);
-    for (; done < rows; ++done) {
-      if constexpr (std::is_same_v<T, float>)
-        dots_in_order<1>(x.grad_out, x.out, i0 + done, s_.D, delta_ + done);
-      else
-        delta_[done] = dot(x.grad_out.row(i0 + done), x.out.row(i0 + done), s_.D);
+      for (; done < rows; ++done) dots_in_order<1>(x.grad_out, x.out, i0 + done, s_.D, delta_ + done);
     }
+    for (; done < rows; ++done) delta_[done] = dot(x.grad_out.row(i0 + done), x.out.row(i0 + done), s_.D);
     for (int64_t r = 0; r < rows; ++r) {
       row_max_[r] = stats[i0 + r];
       row_sum_[r] = stats[s_.N + i0 + r] + (i0 + r < s_.extra ? extra_share : T(0));
