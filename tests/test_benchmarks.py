@@ -303,7 +303,15 @@ def test_pytest_benchmark_holds_the_interleaved_samples(tmp_path):
     assert "2 passed" in done.stdout
 
 
-OPS = ["mhca_attention", "head_token_attention", "involution", "generalized_conv", "feature_alignment", "daff"]
+OPS = [
+    "mhca_attention",
+    "head_token_attention",
+    "involution",
+    "generalized_conv",
+    "feature_alignment",
+    "daff",
+    "linear",
+]
 
 
 def test_compiled_peers_are_left_out_first(monkeypatch):
