@@ -29,6 +29,7 @@ SHAPES = [
 def any_size(monkeypatch):
     """Small products too."""
     monkeypatch.setattr(module, "_FEW", 0)
+    monkeypatch.setattr(module, "_UNIT", 0)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -123,6 +124,21 @@ def test_compiles_in_one_graph():
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_programs_that_outlive_the_call_are_pytorch():
+    """They may be moved to a device that has no products of ours, or to another dtype."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, x, weight, bias):
+            return linear(x, weight, bias)
+
+    exported = torch.export.export(Layer(), inputs())
+    assert not [node for node in exported.graph.nodes if "fastib" in str(node.target)]
+    traced = torch.jit.trace(linear, inputs())
+    assert "fastib::" not in str(traced.graph)
+    for program in (exported.module(), traced):
+        torch.testing.assert_close(program(*inputs()), F.linear(*inputs()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_other_dtypes_are_pytorch(dtype):
     tensors = [t.to(dtype) for t in inputs()]
@@ -138,13 +154,15 @@ def test_autocast_and_transforms_are_pytorch():
     torch.testing.assert_close(gradient, expected)
 
 
-def test_small_products_are_pytorch(monkeypatch):
-    monkeypatch.setattr(module, "_FEW", 2 * 9 * 20 * 12 + 1)
-    x, weight, bias = inputs()
+def test_what_is_too_small_or_too_large_is_pytorch(monkeypatch, restored_threads):
+    """Few multiply-adds, a weight that scratch memory would not hold, columns too few for so many threads."""
+    torch.set_num_threads(2)
+    x, weight, bias = inputs()  # 2 x 9 rows of 20 to 12
     x.requires_grad_()
-    assert type(linear(x, weight, bias).grad_fn).__name__ != "_LinearBackward"
-    monkeypatch.setattr(module, "_FEW", 2 * 9 * 20 * 12)
-    assert type(linear(x, weight, bias).grad_fn).__name__ == "_LinearBackward"
+    for name, right, wrong in (("_FEW", 4320, 4321), ("_LARGEST", 240, 239), ("_UNIT", 20, 21)):
+        for value, own in ((right, True), (wrong, False), (right, True)):
+            monkeypatch.setattr(module, name, value)
+            assert (type(linear(x, weight, bias).grad_fn).__name__ == "_LinearBackward") is own
 
 
 def test_second_derivative_is_refused():

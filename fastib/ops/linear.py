@@ -15,6 +15,8 @@ from fastib.ops._backend import Op, below_autograd
 
 _NAME = "linear"
 _FEW = 1 << 24  # multiply-adds below which packing the weight is not worth its while
+_LARGEST = 1 << 22  # elements of a weight, of which each thread keeps a packed copy
+_UNIT = 64  # columns of a weight's gradient that a thread takes at least: kLinearUnit of the kernels
 SCHEMAS = {
     "linear": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "linear_backward": (
@@ -60,7 +62,12 @@ def has_own_products(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> b
         return False
     if any(t is not None and t.dtype != torch.float32 for t in (x, weight, bias)):
         return False
-    return _backend.is_recorded() or x.numel() * weight.shape[0] >= _FEW  # what is recorded holds for any batch
+    if weight.numel() > _LARGEST or _backend.may_train_later():  # a program that may be moved to another device
+        return False
+    if _backend.is_recorded():  # for any batch and any number of threads
+        return True
+    busy = 2 * max(weight.shape) >= _UNIT * torch.get_num_threads()  # of the threads at least every other one
+    return busy and x.numel() * weight.shape[0] >= _FEW
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
