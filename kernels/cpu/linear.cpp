@@ -152,8 +152,8 @@ void linear_weight(const LinearWeightParams& p, int64_t begin, int64_t end) {
                        Scratch::padded_bytes<float>(sums_size)))
     throw std::bad_alloc();
   float *right = scratch.take<float>(vecs * column), *left = scratch.take<float>(kDepth * width);
-  // (tiles, panels, kRows, vectors of a panel, W): no line is shared with another thread, or lies beside one of its
-  // own.
+  // (tiles, panels, kRows, vectors of a panel, W). Each thread has its own: where the rows of two lie side by side,
+  // what the processor fetches ahead for one takes lines away from the other.
   float* const sums = scratch.take<float>(sums_size);
   const float *left_rows[2 * kDepth], *right_rows[2 * kDepth];  // a part's and the next one's
   by_depth(p.rows, [&](int64_t first, int64_t depth) {
