@@ -6,10 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <array>
 #include <initializer_list>
 #include <optional>
@@ -98,29 +94,13 @@ inline Tensor dense_rows(const Tensor& t) {
   return t.size(last) > 1 && t.stride(last) != 1 ? torch::stable::contiguous(t) : t;
 }
 
-// Asks the system for pages of 2 MiB where a result is so large that glibc maps it anew each time: a small page costs a
-// fault, and one more look-up for each row where rows lie far apart. Where the system does not take advice, nothing is
-// lost.
-inline void ask_for_huge_pages(const Tensor& t) {
-#if defined(__linux__)
-  constexpr int64_t kMapped = int64_t(32) << 20, kPage = 64 << 10;  // a multiple of any page
-  const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
-  if (bytes <= kMapped || !t.is_cpu()) return;
-  char* const begin = static_cast<char*>(t.mutable_data_ptr());
-  char* const first = begin + (-reinterpret_cast<intptr_t>(begin) & (kPage - 1));
-  madvise(first, (begin + bytes - first) & -kPage, MADV_HUGEPAGE);
-#endif
-}
-
 // Allocation through the C functions under torch::stable, which cost a quarter of a call through the dispatcher.
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_aten_new_empty(like.get(), shape.begin(), shape.size(), &type, nullptr, nullptr, 0, nullptr, &handle));
-  Tensor result(handle);
-  ask_for_huge_pages(result);
-  return result;
+  return Tensor(handle);
 }
 
 // A tensor of `sizes` whose memory is dense in the order of dimensions that `order` gives, outermost first.

@@ -1,8 +1,6 @@
 """The compiled library itself: its operators called with bad tensors, its NumPy module, and what it reports."""
 
 import importlib
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -226,20 +224,3 @@ def test_build_info():
     assert info["cpu_isa"] in info["cpu_isas_supported"]
     assert "-ffast-math" not in info["flags"] and "march=native" not in info["flags"]
     assert info["compiler"].split()[0] in ("GNU", "Clang", "AppleClang")
-
-
-@pytest.mark.parametrize(("rows", "asked"), [(2**20, False), (2**20 + 2**16, True)])
-def test_results_that_malloc_maps_ask_for_huge_pages(rows, asked):
-    """Of 32 MiB and of a little more: the flag that the system keeps of the advice."""
-    smaps = Path("/proc/self/smaps")
-    if not smaps.exists() or not Path("/sys/kernel/mm/transparent_hugepage").exists():
-        pytest.skip("this system has no huge pages to ask for, or does not tell")
-    result = torch.ops.fastib.linear(torch.zeros(1, rows, 1), torch.zeros(8, 1), None)
-    middle, inside = result.data_ptr() + result.nbytes // 2, False
-    for line in smaps.read_text().splitlines():
-        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(found[1], 16) <= middle < int(found[2], 16)
-        elif inside and line.startswith("VmFlags:"):
-            assert ("hg" in line.split()) is asked
-            return
-    raise AssertionError("the result lies in no mapping")
