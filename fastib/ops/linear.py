@@ -27,7 +27,7 @@ SCHEMAS = {
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x weight^T + bias`, by products of our own in float32 on the CPU where they are large, else `F.linear`.
+    """`x weight^T + bias`, by our own products in float32 on the CPU where `has_own_products`, else `F.linear`.
 
     x: (B, P, I), any strides: it is copied only where its last dimension is not dense. weight: (O, I). bias: (O,), or
     None. Returns (B, P, O). The products have a first derivative alone.
@@ -57,7 +57,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def has_own_products(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether `linear` computes this by products of our own."""
+    """Whether `linear` computes this by our own products: not what is small, nor in a program that is exported."""
     if not _HAS_KERNEL or not x.is_cpu or is_autocast_enabled(x) or Op._missing_rule() is not None:
         return False
     if any(t is not None and t.dtype != torch.float32 for t in (x, weight, bias)):
@@ -90,7 +90,7 @@ _HAS_KERNEL = _native.lib_available() and torch._C._dispatch_has_kernel_for_disp
 
 
 class _Linear(torch.autograd.Function):
-    """The eager path; the dispatcher's own autograd serves compile and export."""
+    """The eager path; the dispatcher's own autograd serves compile."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:

@@ -7,6 +7,15 @@
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 
+// Asks for the cache lines of some bytes, to be read or written, for the second cache. Part of a function that calls
+// `asm volatile("")`: calls of one that only prefetches would be removed.
+template <int kWrite>
+inline __attribute__((always_inline)) void ask_for_lines(const void* p, int64_t bytes) {
+  const intptr_t begin = reinterpret_cast<intptr_t>(p);
+  for (intptr_t line = begin & -64; line < begin + bytes; line += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(line), kWrite, 2);
+}
+
 // One or two tensors of rows of D elements each, or nothing.
 class Ahead {
  public:
@@ -36,12 +45,8 @@ class Ahead {
   }
 
   __attribute__((noinline)) void prefetch(const JoinedRows<const char>& rows, int64_t m, int64_t n) const {
-    asm volatile("");  // calls of a function that only prefetches would be removed
-    for (int64_t i = m; i < m + n; ++i) {
-      const intptr_t begin = reinterpret_cast<intptr_t>(rows.row(i));
-      for (intptr_t line = begin & -64; line < begin + length_; line += 64)
-        __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
-    }
+    asm volatile("");
+    for (int64_t i = m; i < m + n; ++i) ask_for_lines<0>(rows.row(i), length_);
   }
 
   JoinedRows<const char> a_{}, b_{};

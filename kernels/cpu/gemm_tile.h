@@ -1,5 +1,5 @@
-// One register tile serves every product of attention and of generalized convolution: rows by vectors, the right
-// operand read as vectors, the left one broadcast element by element through two strides (so that it may be
+// One register tile serves every product of attention, generalized convolution and linear layers: rows by vectors, the
+// right operand read as vectors, the left one broadcast element by element through two strides (so that it may be
 // transposed). An element U is a float, a double, or two bfloat16 along the summed dimension, whose products are summed
 // in float.
 #pragma once

@@ -7,6 +7,7 @@
 
 #include <new>
 
+#include "ahead.h"
 #include "gemm_tile.h"
 #include "part_lanes.h"
 
@@ -40,12 +41,8 @@ void find_rows(const float** to, const LinearRows& rows, int64_t first, int64_t 
 // Asks for the cache lines of elements [first, first + n) of some rows, to be read or written.
 template <int kWrite>
 __attribute__((noinline)) void ask_for(const float* const* rows, int64_t count, int64_t first, int64_t n) {
-  asm volatile("");  // calls of a function that only prefetches would be removed
-  for (int64_t i = 0; i < count; ++i) {
-    const intptr_t begin = reinterpret_cast<intptr_t>(rows[i] + first);
-    for (intptr_t line = begin & -64; line < begin + n * 4; line += 64)
-      __builtin_prefetch(reinterpret_cast<const void*>(line), kWrite, 2);
-  }
+  asm volatile("");
+  for (int64_t i = 0; i < count; ++i) ask_for_lines<kWrite>(rows[i] + first, n * sizeof(float));
 }
 
 // Elements [first, first + n) of some rows to rows that lie `stride` apart, in whole vectors, `column` apart.
