@@ -33,7 +33,7 @@ template <typename E>
 struct Unit {
   using T = Compute<E>;
   using V = Vec<T>;
-  static constexpr int W = kLanes<T>;
+  static constexpr int W = kLanes<T>, kTurns = 4;
   const DepthwiseBlockParams& p;
   const bool resident;  // maps of all images, or of the current one
   const int64_t places, line, width;
@@ -146,18 +146,31 @@ struct Unit {
       }
   }
 
+  // body(place, turn) for all places; sums that take turns do not wait for each other.
+  template <typename Body>
+  void in_turns(Body&& body) const {
+    int64_t place = 0;
+    for (; place + kTurns <= places; place += kTurns)
+#pragma GCC unroll 4
+      for (int turn = 0; turn < kTurns; ++turn) body(place + turn, turn);
+    for (; place < places; ++place) body(place, 0);
+  }
+
+  static V total(const V (&sums)[kTurns]) { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
+
   // Mean of a column, what rounding took from it, and the sum of squares about both: a map that is nearly constant has
   // little else.
   void statistics(const T* of, int64_t image) const {
     const T share = T(1) / static_cast<T>(places);
-    V sum{}, rest{}, squares{};
-    for (int64_t place = 0; place < places; ++place) sum += load(of + place * W);
-    const V mean = sum * share;
-    for (int64_t place = 0; place < places; ++place) {
+    V sum[kTurns] = {}, rests[kTurns] = {}, squared[kTurns] = {};
+    in_turns([&](int64_t place, int turn) { sum[turn] += load(of + place * W); });
+    const V mean = total(sum) * share;
+    in_turns([&](int64_t place, int turn) {
       const V off = load(of + place * W) - mean;
-      rest += off;
-      squares += off * off;
-    }
+      rests[turn] += off;
+      squared[turn] += off * off;
+    });
+    const V rest = total(rests), squares = total(squared);
     const V lost = rest * share;
     T* to = static_cast<T*>(p.partial) + 3 * image * p.C + channel;
     store_part(to, mean, lanes);
