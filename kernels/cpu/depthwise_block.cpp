@@ -19,12 +19,12 @@ thread_local Scratch scratch;
 // One vector of channels of a norm.
 template <typename T>
 struct Norm {
-  Vec<T> shift, inv, gamma, beta;
+  Vec<T> shift, inv, gamma, beta, scale = inv * gamma;
   Vec<T> hat(Vec<T> y) const { return (y + shift) * inv; }
-  Vec<T> affine(Vec<T> hat) const { return hat * gamma + beta; }
+  Vec<T> affine(Vec<T> y) const { return (y + shift) * scale + beta; }
   // The gradient to y from those after the affine map and their means.
   Vec<T> gradient(Vec<T> d, Vec<T> hat, Vec<T> mean_d, Vec<T> mean_d_hat) const {
-    return gamma * inv * (d - mean_d - hat * mean_d_hat);
+    return scale * (d - mean_d - hat * mean_d_hat);
   }
 };
 
@@ -126,7 +126,7 @@ struct Unit {
     T *to = s + line + W, *beside = kSlope ? slope1 : column;
     for (int64_t i = 0; i < p.grid_h; ++i, to += 2 * W)
       for (int64_t j = 0; j < p.grid_w; ++j, column += W, to += W, beside += W) {
-        const Gelu<T> y = gelu(norm1.affine(norm1.hat(load(column))));
+        const Gelu<T> y = gelu(norm1.affine(load(column)));
         store(to, y.value);
         store(beside, kSlope ? y.slope : y.value);
       }
@@ -182,7 +182,7 @@ struct Unit {
   void combine(T* s, const T* conv) const {
     const Norm<T> norm2 = norm(p.norm2);
     for (int64_t i = 0; i < places * W; i += W)
-      store(s + i, gelu(norm2.affine(norm2.hat(load(conv + i)))).value + load(s + i));
+      store(s + i, gelu(norm2.affine(load(conv + i))).value + load(s + i));
   }
 };
 
@@ -243,7 +243,7 @@ template <typename E, typename T>
 void slopes(Unit<E>& unit, const T* conv, T* slope2) {
   const Norm<T> norm2 = unit.norm(unit.p.norm2);
   for (int64_t i = 0; i < unit.places * kLanes<T>; i += kLanes<T>)
-    store(slope2 + i, gelu(norm2.affine(norm2.hat(load(conv + i)))).slope);
+    store(slope2 + i, gelu(norm2.affine(load(conv + i))).slope);
 }
 
 // d2 = grad_out slope2: its sums.
