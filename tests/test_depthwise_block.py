@@ -146,6 +146,29 @@ def test_maps_that_are_constant(target):
     assert_twofold(out, same_out, exact_out, torch.float32, name="value")
 
 
+def test_gelu_and_its_slope_over_all_numbers(target):
+    """Norms that change nothing and taps of 0 leave GELU(x), whose error is measured in parts of |x|."""
+    x = torch.cat((torch.arange(-12, 12, 1e-3), torch.tensor([-1e30, -40.0, -1e-30, 0.0, 1e-30, 40.0, 1e30, 3e38])))
+    x = x.reshape(1, -1, 8)
+    one, zero = torch.ones(8), torch.zeros(8)
+    parameters = [t.to(target.device) for t in (one, zero, torch.zeros(8, 1, 3, 3), zero, one, zero)]
+    statistics = torch.stack((zero, one, zero, one)).to(target.device)
+
+    def block(x):
+        return depthwise_block(x, *parameters, (1, x.shape[1]), statistics=statistics, eps=(0.0, 0.0),
+                               backend=target.backend)[0]  # fmt: skip
+
+    def of(function, x):
+        x = x.requires_grad_()
+        y = function(x)
+        (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        return y.detach().cpu().double() / x.detach().cpu().double().abs().clamp(min=1e-45), slope.cpu().double()
+
+    results = of(block, x.to(target.device)), of(F.gelu, x.clone()), of(F.gelu, x.double())
+    for name, ours, same, exact in zip(("value over |x|", "slope"), *results, strict=True):
+        assert (ours - exact).abs().max() <= 2 * (same - exact).abs().max(), name
+
+
 def test_variance_of_maps_far_from_zero(target):
     """Where a mean is 1e5 deviations, what rounds the mean of an image must not round the variance of all."""
     (x, *parameters), _ = draw(4, (14, 14), 20, torch.float32)

@@ -18,13 +18,14 @@ constexpr int W = kLanes<float>;
 constexpr int kVecs = 2;                                // of a panel
 constexpr int kRows = kVectorRegisters == 32 ? 14 : 6;  // of a tile
 constexpr int64_t kDepth = 192;                         // of a tile, at most
+constexpr int64_t kRowsDepth = 96;                      // where rows are summed
 
 thread_local Scratch scratch;
 
 // The summed dimension in nearly equal parts, at least one: f(first, count).
 template <typename F>
-void by_depth(int64_t K, F&& f) {
-  const int64_t parts = K > kDepth ? divide_up(K, kDepth) : 1;
+void by_depth(int64_t K, int64_t most, F&& f) {
+  const int64_t parts = K > most ? divide_up(K, most) : 1;
   for (int64_t part = 0; part < parts; ++part) f(part * K / parts, (part + 1) * K / parts - part * K / parts);
 }
 
@@ -113,7 +114,7 @@ void linear(const LinearParams& p, int64_t begin, int64_t end) {
   if (!scratch.reserve(Scratch::padded_bytes<float>(p.K * vecs * W) + Scratch::padded_bytes<float>(kRows * stride)))
     throw std::bad_alloc();
   float *weight = scratch.take<float>(p.K * vecs * W), *left = scratch.take<float>(kRows * stride);
-  by_depth(p.K, [&](int64_t k, int64_t depth) {  // (vectors, depth, W)
+  by_depth(p.K, kDepth, [&](int64_t k, int64_t depth) {  // (vectors, depth, W)
     pack_matrix(weight + k * vecs * W, p.weight + k * p.step, N, p.lane, depth, p.step);
   });
   const float *rows[2 * kRows], *to[kRows];  // `rows`: a tile's and the next one's
@@ -121,7 +122,7 @@ void linear(const LinearParams& p, int64_t begin, int64_t end) {
     const int64_t count = smaller(kRows, end - first), more = smaller(kRows, end - first - count);
     find_rows(rows, p.from, first, count + more);
     for (int64_t i = 0; i < count; ++i) to[i] = p.to + (first + i) * N;
-    by_depth(p.K, [&](int64_t k, int64_t depth) {
+    by_depth(p.K, kDepth, [&](int64_t k, int64_t depth) {
       copy(left, stride, W, rows, count, k, depth);
       const bool last = k + depth == p.K;
       const float* const* next = last ? rows + count : rows;
@@ -143,18 +144,18 @@ void linear_weight(const LinearWeightParams& p, int64_t begin, int64_t end) {
   const int64_t m_begin = of_left ? begin * kLinearUnit : 0, m_end = of_left ? last : p.M;
   const int64_t n_begin = of_left ? 0 : begin * kLinearUnit, N = (of_left ? p.N : last) - n_begin;
   const int64_t vecs = divide_up(N, W), tiles = divide_up(m_end - m_begin, kRows);
-  constexpr int64_t width = (kRows + W - 1) / W * W, column = (kDepth + 1) * W;  // in lines an odd number, as above
+  constexpr int64_t width = (kRows + W - 1) / W * W, column = (kRowsDepth + 1) * W;  // in lines an odd number, as above
   const int64_t sums_size = tiles * vecs * kRows * W;
-  if (!scratch.reserve(Scratch::padded_bytes<float>(vecs * column) + Scratch::padded_bytes<float>(kDepth * width) +
+  if (!scratch.reserve(Scratch::padded_bytes<float>(vecs * column) + Scratch::padded_bytes<float>(kRowsDepth * width) +
                        Scratch::padded_bytes<float>(sums_size)))
     throw std::bad_alloc();
-  float *right = scratch.take<float>(vecs * column), *left = scratch.take<float>(kDepth * width);
+  float *right = scratch.take<float>(vecs * column), *left = scratch.take<float>(kRowsDepth * width);
   // (tiles, panels, kRows, vectors of a panel, W). Each thread has its own: where the rows of two lie side by side,
   // what the processor fetches ahead for one takes lines away from the other.
   float* const sums = scratch.take<float>(sums_size);
-  const float *left_rows[2 * kDepth], *right_rows[2 * kDepth];  // a part's and the next one's
-  by_depth(p.rows, [&](int64_t first, int64_t depth) {
-    const int64_t more = smaller(kDepth, p.rows - first - depth);
+  const float *left_rows[2 * kRowsDepth], *right_rows[2 * kRowsDepth];  // a part's and the next one's
+  by_depth(p.rows, kRowsDepth, [&](int64_t first, int64_t depth) {
+    const int64_t more = smaller(kRowsDepth, p.rows - first - depth);
     find_rows(left_rows, p.left, first, depth + more);
     find_rows(right_rows, p.right, first, depth + more);
     copy(right, W, column, right_rows, depth, n_begin, N);
