@@ -32,6 +32,8 @@ class Layout:
         label_bytes: before the pixels of a binary record; the last one is the label.
         label_key: name of the labels in a pickled batch.
         binary, pickled: names of the training files, and then that of the test file.
+        names: files of the classes' names beside binary and beside pickled batches, and what they are called in the
+            latter.
     """
 
     prefix: str
@@ -40,17 +42,22 @@ class Layout:
     label_key: bytes
     binary: tuple[str, ...]
     pickled: tuple[str, ...]
+    names: tuple[str, str, bytes]
 
 
 _BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 NAMES = {
-    "cifar10": Layout("cifar-10-", 10, 1, b"labels", tuple(f"{name}.bin" for name in _BATCHES), _BATCHES),
-    "cifar100": Layout("cifar-100-", 100, 2, b"fine_labels", ("train.bin", "test.bin"), ("train", "test")),
-}
+    "cifar10": Layout("cifar-10-", 10, 1, b"labels", tuple(f"{name}.bin" for name in _BATCHES), _BATCHES,
+                      ("batches.meta.txt", "batches.meta", b"label_names")),
+    "cifar100": Layout("cifar-100-", 100, 2, b"fine_labels", ("train.bin", "test.bin"), ("train", "test"),
+                       ("fine_label_names.txt", "meta", b"fine_label_names")),
+}  # fmt: skip
 
 
 class Cifar(Dataset):
     """PIL images of 32 x 32 pixels and fine labels, held in memory.
+
+    `classes` are their numbers. `class_to_idx` has their names, or is None where the file of them is not there.
 
     Args:
         name: "cifar10" or "cifar100".
@@ -79,6 +86,7 @@ class Cifar(Dataset):
         self.images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         self.targets = labels.astype(np.int64)
         self.classes = list(range(layout.classes))
+        self.class_to_idx = self._read_names(files, kind is layout.binary)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -105,6 +113,21 @@ class Cifar(Dataset):
             raise DataError(f"{file}: expected a label for each of the images of {PIXELS} bytes, got {labels.shape} "
                             f"{labels.dtype} labels for {images.shape} images")  # fmt: skip
         return images, labels
+
+    def _read_names(self, files: dict[str, File], binary: bool) -> dict[str, int] | None:
+        text, pickled, key = self.layout.names
+        file = files.get(text if binary else pickled)
+        if file is None:
+            return None
+        try:
+            content = file.read()
+            lines = content.split(b"\n") if binary else _Unpickler(io.BytesIO(content), encoding="bytes").load()[key]
+            names = [line.decode().strip() for line in lines if line.strip()]
+        except Exception as error:
+            raise DataError(f"{file}: expected the names of the classes: {error}") from error
+        if len(set(names)) != len(names) or len(names) != self.layout.classes:
+            raise DataError(f"{file}: expected {self.layout.classes} names of classes, got {names}")
+        return {name: number for number, name in enumerate(names)}
 
 
 class _Array:

@@ -13,7 +13,7 @@ from PIL import Image
 from fastib.train.build import load_student
 from fastib.train.cifar import Cifar
 from fastib.train.cli import main
-from fastib.train.config import DataConfig
+from fastib.train.config import DataConfig, read_config
 from fastib.train.data import PaddedCrop, build_data
 from fastib.train.errors import DataError
 
@@ -55,9 +55,25 @@ def binary(name: str, images: np.ndarray, labels: np.ndarray) -> bytes:
     return np.concatenate([coarse, labels[:, None].astype(np.uint8), images.reshape(len(images), -1)], 1).tobytes()
 
 
+def class_names(name: str) -> list[str]:
+    return [f"class_{number}" for number in range({"cifar10": 10, "cifar100": 100}[name])]
+
+
+def names_file(name: str, kind: str) -> dict[str, bytes]:
+    """The names of the classes: one a line and an empty line, or pickled beside others."""
+    names = [text.encode() for text in class_names(name)]
+    if kind == "binary":
+        file = {"cifar10": "batches.meta.txt", "cifar100": "fine_label_names.txt"}[name]
+        return {file: b"\n".join([*names, b"", b""])}
+    file, key = {"cifar10": ("batches.meta", b"label_names"), "cifar100": ("meta", b"fine_label_names")}[name]
+    texts = b"".join(b"U" + bytes([len(text)]) + text for text in names)
+    return {file: b"\x80\x02}(U\x07num_visM\x00\x0cU" + bytes([len(key)]) + key + b"](" + texts + b"eu."}
+
+
 def files(name: str, kind: str) -> dict[str, bytes]:
     write, suffix = (binary, ".bin") if kind == "binary" else (pickled, "")
-    return {f"{batch}{suffix}": write(name, *content) for batch, content in batches(name).items()}
+    contents = {f"{batch}{suffix}": write(name, *content) for batch, content in batches(name).items()}
+    return contents | names_file(name, kind)
 
 
 def lay_out(root: Path, name: str, kind: str, form: str) -> Path:
@@ -89,6 +105,7 @@ def test_published_forms(name, kind, form, tmp_path):
         images, labels = (np.concatenate(parts) for parts in zip(*chosen, strict=True))
         assert len(data) == len(labels) and data.targets.tolist() == labels.tolist()
         assert len(data.classes) == {"cifar10": 10, "cifar100": 100}[name]
+        assert list(data.class_to_idx.items()) == [(text, i) for i, text in enumerate(class_names(name))]
         for i in (0, len(data) - 1):
             picture, label = data[i]
             assert picture.mode == "RGB" and label == labels[i]
@@ -109,6 +126,17 @@ def test_numpys_own_pickles_are_read_too(tmp_path):
         (tmp_path / name).write_bytes(pickle.dumps(batch, protocol=2))
     data = Cifar("cifar100", tmp_path, False)
     assert np.array_equal(data.images, expected["test"][0].transpose(0, 2, 3, 1))
+    assert data.class_to_idx is None  # no file has them
+
+
+@pytest.mark.parametrize("content", [b"", b"no names", b"a\n" * 10, b"\xff\n" * 10, pickle.dumps({b"label_names": 3})])
+@pytest.mark.parametrize("kind", ["binary", "python"])
+def test_bad_names_of_classes(kind, content, tmp_path):
+    lay_out(tmp_path, "cifar10", kind, "unpacked in a folder")
+    (file,) = names_file("cifar10", kind)
+    (next(tmp_path.glob("*")) / file).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{file}: expected .*names of"):
+        Cifar("cifar10", tmp_path, True)
 
 
 class Bomb:
@@ -121,9 +149,10 @@ class Bomb:
 
 def test_pickled_code_is_never_run(tmp_path):
     lay_out(tmp_path, "cifar100", "python", "unpacked in a folder")
-    (tmp_path / "cifar-100-py/train").write_bytes(pickle.dumps({b"data": Bomb(tmp_path / "ran")}))
-    with pytest.raises(DataError, match=r"cifar-100-py/train.*it names pathlib.*and no pickled code is run"):
-        Cifar("cifar100", tmp_path, True)
+    for file, key in (("meta", b"fine_label_names"), ("train", b"data")):
+        (tmp_path / "cifar-100-py" / file).write_bytes(pickle.dumps({key: Bomb(tmp_path / "ran")}))
+        with pytest.raises(DataError, match=rf"cifar-100-py/{file}.*it names pathlib.*and no pickled code is run"):
+            Cifar("cifar100", tmp_path, True)
     assert not (tmp_path / "ran").exists()
 
 
@@ -162,6 +191,13 @@ def test_a_run_on_cifar(tmp_path, capsys):
     assert main(command) == 0, capsys.readouterr().err
     student = load_student(tmp_path / "run/student.safetensors")
     assert student.num_classes == 100 and student.patch_embed.grid_size == (8, 8)
+    assert read_config(tmp_path / "run/config.yaml").data.classes == class_names("cifar100")
+    for label in reversed(class_names("cifar100")):  # as many classes, but not all of them the same
+        (tmp_path / "other" / label.replace("class_7", "kind_7")).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "other" / label.replace("class_7", "kind_7") / "0.png")
+    assert main(["eval", str(tmp_path / "run")]) == 0, capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "run"), "--data", str(tmp_path / "other")]) == 1
+    assert "missing: class_7" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
