@@ -66,18 +66,19 @@ Tensor forward(Tensor x, Tensor weight, std::optional<Tensor> bias) {
 // Those not needed are empty.
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight,
                                             bool need_bias) {
+  STD_TORCH_CHECK(need_weight || !need_bias, "need_bias must be false where need_weight is: both are summed at once");
   const Call call(x, weight);
   const Matrix grad_out(grad, "grad", call.B, call.P, call.O);
   const auto empty = [&](bool needed, std::initializer_list<int64_t> shape) {
     return needed ? new_empty(x, shape, ScalarType::Float) : new_empty(x, {0}, ScalarType::Float);
   };
   const Tensor grad_x = empty(need_x, {call.B, call.P, call.I});
-  const Tensor grad_weight = empty(need_weight || need_bias, {call.O, call.I}), grad_bias = empty(need_bias, {call.O});
+  const Tensor grad_weight = empty(need_weight, {call.O, call.I}), grad_bias = empty(need_bias, {call.O});
   if (need_x)
     run({grad_out.rows, call.O, call.I, call.I, 1, call.weight.const_data_ptr<float>(), nullptr,
          grad_x.mutable_data_ptr<float>()},
         call.rows());
-  if (need_weight || need_bias) {
+  if (need_weight) {
     const LinearWeightParams p{grad_out.rows,
                                call.x.rows,
                                call.rows(),

@@ -29,7 +29,7 @@ SHAPES = [
 def any_size(monkeypatch):
     """Small products too."""
     monkeypatch.setattr(module, "_FEW", 0)
-    monkeypatch.setattr(module, "_UNIT", 0)
+    monkeypatch.setattr(module, "_SHARE", 0)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -159,7 +159,7 @@ def test_what_is_too_small_or_too_large_is_pytorch(monkeypatch, restored_threads
     torch.set_num_threads(2)
     x, weight, bias = inputs()  # 2 x 9 rows of 20 to 12
     x.requires_grad_()
-    for name, right, wrong in (("_FEW", 4320, 4321), ("_LARGEST", 240, 239), ("_UNIT", 20, 21)):
+    for name, right, wrong in (("_FEW", 4320, 4321), ("_LARGEST", 240, 239), ("_SHARE", 10, 11)):
         for value, own in ((right, True), (wrong, False), (right, True)):
             monkeypatch.setattr(module, name, value)
             assert (type(linear(x, weight, bias).grad_fn).__name__ == "_LinearBackward") is own
@@ -207,6 +207,8 @@ def test_native_gradients_check_for_themselves():
     x, weight, _ = inputs()
     with pytest.raises(RuntimeError, match=r"grad must have shape \(2, 9, 12\)"):
         torch.ops.fastib.linear_backward(torch.zeros(2, 9, 11), x, weight, True, True, True)
+    with pytest.raises(RuntimeError, match="need_bias must be false where need_weight is"):
+        torch.ops.fastib.linear_backward(torch.zeros(2, 9, 12), x, weight, True, False, True)
     with pytest.raises(RuntimeError, match="x reaches beyond its storage"):
         x.untyped_storage().resize_(400)
         torch.ops.fastib.linear(x, weight, None)

@@ -16,7 +16,7 @@ from fastib.ops._backend import Op, below_autograd
 _NAME = "linear"
 _FEW = 1 << 24  # multiply-adds below which packing the weight is not worth its while
 _LARGEST = 1 << 22  # elements of a weight, of which each thread keeps a packed copy
-_UNIT = 64  # columns of a weight's gradient that a thread takes at least: kLinearUnit of the kernels
+_SHARE = 32  # of a weight's wider side for each thread; with less, too many of them wait for its gradient
 SCHEMAS = {
     "linear": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "linear_backward": (
@@ -66,7 +66,7 @@ def has_own_products(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> b
         return False
     if _backend.is_recorded():  # for any batch and any number of threads
         return True
-    busy = 2 * max(weight.shape) >= _UNIT * torch.get_num_threads()  # of the threads at least every other one
+    busy = max(weight.shape) >= _SHARE * torch.get_num_threads()
     return busy and x.numel() * weight.shape[0] >= _FEW
 
 
@@ -79,7 +79,7 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     return (
         x.new_empty(x.shape if need_x else 0),
-        x.new_empty(weight.shape if need_weight or need_bias else 0),
+        x.new_empty(weight.shape if need_weight else 0),
         x.new_empty(weight.shape[:1] if need_bias else 0),
     )
 
@@ -109,9 +109,11 @@ def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad
-    gradients = _backward(grad, *ctx.saved_tensors, *needed)
-    return tuple(t if need else None for t, need in zip(gradients, needed, strict=True))
+    x, weight, bias = ctx.needs_input_grad
+    grad_x, grad_weight, grad_bias = _backward(grad, *ctx.saved_tensors, x, weight, bias and weight)
+    if bias and not weight:  # which is summed on the way to the weight's
+        grad_bias = grad.sum((0, 1))
+    return grad_x if x else None, grad_weight if weight else None, grad_bias if bias else None
 
 
 torch.library.register_autograd(f"fastib::{_NAME}", _gradients, setup_context=_save, lib=_backend.LIBRARY)

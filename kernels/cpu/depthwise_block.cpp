@@ -181,8 +181,7 @@ struct Unit {
   // GELU(norm2(conv)) + s, in the place of s.
   void combine(T* s, const T* conv) const {
     const Norm<T> norm2 = norm(p.norm2);
-    for (int64_t i = 0; i < places * W; i += W)
-      store(s + i, gelu(norm2.affine(load(conv + i))).value + load(s + i));
+    for (int64_t i = 0; i < places * W; i += W) store(s + i, gelu(norm2.affine(load(conv + i))).value + load(s + i));
   }
 };
 

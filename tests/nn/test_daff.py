@@ -205,7 +205,7 @@ def counted_linear(monkeypatch) -> list[tuple[int, ...]]:
     """The shapes that DAFF gives to our own products, of any size from now on."""
     shapes, own = [], sys.modules["fastib.ops.linear"]
     monkeypatch.setattr(own, "_FEW", 0)
-    monkeypatch.setattr(own, "_UNIT", 0)
+    monkeypatch.setattr(own, "_SHARE", 0)
     monkeypatch.setattr(
         sys.modules["fastib.nn.daff"], "linear", lambda x, *rest: shapes.append(tuple(x.shape)) or own.linear(x, *rest)
     )
