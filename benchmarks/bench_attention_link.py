@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 from dataclasses import replace
 
 import pytest
 
-from benchmarks.harness import Step, cpu_timer
+from benchmarks.harness import repeated_calls
 from benchmarks.house import Goal, Job
 from benchmarks.peers.attention_link import Case, Inputs, peers, reference
 from benchmarks.replay import REPLAY
 
 CPU_SIZES = {"cls_attention": (64, 6, 197, 64), "attention_link": (64, 72, 952, 196)}
 CUDA_SIZES = {"cls_attention": (256, 6, 197, 64), "attention_link": (256, 72, 952, 196)}
-CALLS = 20  # of a round, where they are repeated
 
 
 def cases(device: str) -> list[Case]:
@@ -46,11 +44,6 @@ def goals(case: Case) -> tuple[Goal, ...]:
         return (Goal(1 / 1.5, ("fastib",), case=other(dtype="float32")),) if case.op == "attention_link" else ()
     bounds = {"cls_attention": (2.5 / 4.2, 0.7 / 0.9), "attention_link": (45 / 111, 18 / 31)}
     return (Goal(bounds[case.op][not case.trains], ("eager compiled",)),)
-
-
-def repeated_calls(step: Step) -> float:
-    """Milliseconds of a call that follows others of the same step: the median of many."""
-    return statistics.median(cpu_timer(step) for _ in range(CALLS))
 
 
 def make_job(case: Case, backend: str | None, quick: bool) -> Job:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
+from benchmarks.harness import repeated_calls
 from benchmarks.house import Goal, Job
 from benchmarks.peers.involution import Case, Inputs, allowed, peers, reference
 from benchmarks.replay import REPLAY
@@ -28,7 +30,8 @@ def cases(device: str) -> list[Case]:
             for mode, layout, dtype, (channels, side, kernel, stride) in variants
         ]
     variants = itertools.product(("train", "forward"), LAYOUTS, CPU_SHAPES, ("float32", "bfloat16"))
-    return [Case(*shape, dtype, mode, layout=layout) for mode, layout, shape, dtype in variants]
+    plain = [Case(*shape, dtype, mode, layout=layout) for mode, layout, shape, dtype in variants]
+    return [*plain, *(replace(case, repeated=True) for case in plain if case.trains)]
 
 
 def goals(case: Case) -> tuple[Goal, ...]:
@@ -37,7 +40,7 @@ def goals(case: Case) -> tuple[Goal, ...]:
     if case.device == "cuda" or not case.trains:
         return ()
     if case.dtype == "bfloat16":
-        return (Goal(1 / 1.3, ("fastib",), case=Case(**{**vars(case), "dtype": "float32"}).key),)
+        return (Goal(1 / 1.3, ("fastib",), case=replace(case, dtype="float32").key),)
     return (Goal(1 / 40, ("eager",)), Goal(1 / 10, ("eager compiled", "shifted", "shifted compiled")))
 
 
@@ -54,6 +57,7 @@ def make_job(case: Case, backend: str | None, quick: bool) -> Job:
             "shape": {"B": case.B, "C": case.C, "side": case.side, "K": case.K, "stride": case.stride},
             "dtype": case.dtype,
             "layout": case.layout,
+            "repeated": case.repeated,
             "backend": backend or "auto",
         },
         peers=chosen,
@@ -62,6 +66,7 @@ def make_job(case: Case, backend: str | None, quick: bool) -> Job:
         flops=case.flops(),
         bytes=case.bytes(),
         goals=goals(case),
+        timer=repeated_calls if case.repeated else None,
         release=inputs.release,
         **({"seconds": 2.0} if case.device == "cuda" else {}),
     )

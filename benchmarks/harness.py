@@ -194,6 +194,14 @@ def cpu_timer(step: Step) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+def repeated_calls(step: Step, calls: int = 20, seconds: float = 0.25) -> float:
+    """Milliseconds of a step that follows others of its kind: the median of `calls`, or of those that fit `seconds`."""
+    times, end = [cpu_timer(step)], time.perf_counter() + seconds
+    while len(times) < calls and time.perf_counter() < end:
+        times.append(cpu_timer(step))
+    return statistics.median(times)
+
+
 def backlog_cycles(host_us: Sequence[float]) -> int:
     """Cycles to sleep while a step is enqueued: at about 2 GHz a millisecond, or twice its fastest enqueueing so far.
 

@@ -284,6 +284,13 @@ def test_no_case_begins_after_the_budget(monkeypatch):
         rooms.measure(make_job(harness.Peer("fastib", lambda: right_step)), ["fastib"])
 
 
+def test_repeated_calls_give_their_median(monkeypatch):
+    times = iter([9.0, 1.0, 2.0, 3.0, 4.0, 7.0])
+    monkeypatch.setattr(harness, "cpu_timer", lambda step: next(times))
+    assert harness.repeated_calls(None, calls=5, seconds=60.0) == 3.0
+    assert harness.repeated_calls(None, calls=5, seconds=0.0) == 7.0  # no time for a second one
+
+
 def test_pytest_benchmark_holds_the_interleaved_samples(tmp_path):
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
     (tmp_path / "test_replay.py").write_text(

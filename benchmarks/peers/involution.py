@@ -36,6 +36,7 @@ class Case:
     stride: int = 1
     layout: str = "contiguous"  # or channels_last
     device: str = "cpu"
+    repeated: bool = False  # timed in calls one after the other, the threads awake
 
     @property
     def trains(self) -> bool:
@@ -51,7 +52,8 @@ class Case:
         step = f"-stride{self.stride}" if self.stride > 1 else ""
         layout = "" if self.layout == "contiguous" else f"-{self.layout}"
         shape = f"B{self.B}-C{self.C}-{self.side}x{self.side}-K{self.K}"
-        return f"{self.device}-{self.mode}-involution-{shape}-{self.dtype}{step}{layout}"
+        repeated = "-repeated" if self.repeated else ""
+        return f"{self.device}-{self.mode}-involution-{shape}-{self.dtype}{step}{layout}{repeated}"
 
     def flops(self) -> float:
         """A multiplication and an addition per tap and result, three times in training. The same for every peer."""
