@@ -105,7 +105,7 @@ class Cifar(Dataset):
     def _read_pickled(self, file: File) -> tuple[np.ndarray, np.ndarray]:
         key = self.layout.label_key
         try:
-            batch = _Unpickler(io.BytesIO(file.read()), encoding="bytes").load()
+            batch = _unpickled(file)
             images, labels = batch[b"data"].array(), np.array(batch[key])
         except Exception as error:  # whatever a file that is not one of them may provoke
             raise DataError(f"{file}: expected a pickled batch with data and {key.decode()}: {error}") from error
@@ -120,8 +120,7 @@ class Cifar(Dataset):
         if file is None:
             return None
         try:
-            content = file.read()
-            lines = content.split(b"\n") if binary else _Unpickler(io.BytesIO(content), encoding="bytes").load()[key]
+            lines = file.read().split(b"\n") if binary else _unpickled(file)[key]
             names = [line.decode().strip() for line in lines if line.strip()]
         except Exception as error:
             raise DataError(f"{file}: expected the names of the classes: {error}") from error
@@ -174,6 +173,10 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         raise pickle.UnpicklingError("it names something outside of the file")
+
+
+def _unpickled(file: File) -> Any:
+    return _Unpickler(io.BytesIO(file.read()), encoding="bytes").load()
 
 
 @dataclass

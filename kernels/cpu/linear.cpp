@@ -18,7 +18,7 @@ constexpr int W = kLanes<float>;
 constexpr int kVecs = 2;                                // of a panel
 constexpr int kRows = kVectorRegisters == 32 ? 14 : 6;  // of a tile
 constexpr int64_t kDepth = 192;                         // of a tile, at most
-constexpr int64_t kRowsDepth = 96;                      // where rows are summed
+constexpr int64_t kRowsDepth = 96;                      // where thousands of rows are summed: short sums round less
 
 thread_local Scratch scratch;
 
