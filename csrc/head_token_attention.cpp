@@ -41,25 +41,23 @@ struct Call {
   }
 
   bool empty() const { return q.numel() == 0; }
-  int64_t parts() const { return params.T ? params.T + 1 : 0; }
   Tensor tokens(int64_t n) const { return empty_heads_last(q, params.B, params.H, n, params.D); }
 };
 
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor q_extra, Tensor k_extra, Tensor v_extra,
-                                           std::optional<Tensor> seed, double scale, double attn_dropout) {
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor q_extra, Tensor k_extra, Tensor v_extra,
+                                   std::optional<Tensor> seed, double scale, double attn_dropout) {
   Call call(q, k, v, q_extra, k_extra, v_extra, seed, scale, attn_dropout);
   HeadTokenAttentionParams& p = call.params;
-  Tensor out = call.tokens(p.N), parts = new_empty(q, {p.B, p.H, call.parts(), p.D}, q.scalar_type());
-  Tensor stats = new_empty(q, {p.B, p.H, 2, p.N + p.T}, accumulation_dtype(q));
-  if (call.empty()) return {out, torch::stable::zero_(parts), torch::stable::zero_(stats)};
-  p.out = writable(out), p.parts = writable(parts), p.stats = stats.mutable_data_ptr();
+  Tensor out = call.tokens(p.N), stats = new_empty(q, {p.B, p.H, 2, p.N + p.T}, accumulation_dtype(q));
+  if (call.empty()) return {out, torch::stable::zero_(stats)};
+  p.out = writable(out), p.stats = stats.mutable_data_ptr();
   in_parallel(p.B * p.H, [&](int64_t begin, int64_t end) { head_token_attention_forward(p, begin, end); });
-  return {out, parts, stats};
+  return {out, stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,
                                                                     Tensor q_extra, Tensor k_extra, Tensor v_extra,
-                                                                    Tensor out, Tensor parts, Tensor stats,
+                                                                    Tensor out, Tensor stats,
                                                                     std::optional<Tensor> seed, double scale,
                                                                     double attn_dropout) {
   HeadTokenAttentionGradParams params{};
@@ -68,7 +66,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_
   HeadTokenAttentionParams& p = params.forward;
   check_cpu_tensor(grad_out, "grad_out", q.scalar_type(), {p.B, p.H, p.N, p.D});
   check_cpu_tensor(out, "out", q.scalar_type(), {p.B, p.H, p.N, p.D});
-  check_cpu_tensor(parts, "parts", q.scalar_type(), {p.B, p.H, call.parts(), p.D});
   check_cpu_tensor(stats, "stats", accumulation_dtype(q), {p.B, p.H, 2, p.N + p.T});
   Tensor grad_q = call.tokens(p.N), grad_k = call.tokens(p.N), grad_v = call.tokens(p.N);
   Tensor grad_q_extra = call.tokens(p.T), grad_k_extra = call.tokens(p.T), grad_v_extra = call.tokens(p.T);
@@ -76,8 +73,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_
     for (Tensor* t : {&grad_q_extra, &grad_k_extra, &grad_v_extra}) torch::stable::zero_(*t);
     return {grad_q, grad_k, grad_v, grad_q_extra, grad_k_extra, grad_v_extra};
   }
-  grad_out = dense_rows(grad_out), out = dense_rows(out), parts = dense_rows(parts), stats = dense(stats);
-  p.out = readable(out), p.parts = readable(parts), p.stats = const_cast<void*>(stats.const_data_ptr());
+  grad_out = dense_rows(grad_out), out = dense_rows(out), stats = dense(stats);
+  p.out = readable(out), p.stats = const_cast<void*>(stats.const_data_ptr());
   params.grad_out = readable(grad_out);
   params.grads = {writable(grad_q),       writable(grad_k),       writable(grad_v),
                   writable(grad_q_extra), writable(grad_k_extra), writable(grad_v_extra)};

@@ -42,10 +42,10 @@ STABLE_TORCH_LIBRARY(fastib, m) {
       "Tensor grad_gamma2, Tensor grad_beta2)");
   m.def(
       "head_token_attention(Tensor q, Tensor k, Tensor v, Tensor q_extra, Tensor k_extra, Tensor v_extra, "
-      "Tensor? seed, float scale, float attn_dropout) -> (Tensor out, Tensor parts, Tensor stats)");
+      "Tensor? seed, float scale, float attn_dropout) -> (Tensor out, Tensor stats)");
   m.def(
       "head_token_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor q_extra, Tensor k_extra, "
-      "Tensor v_extra, Tensor out, Tensor parts, Tensor stats, Tensor? seed, float scale, float attn_dropout) -> "
+      "Tensor v_extra, Tensor out, Tensor stats, Tensor? seed, float scale, float attn_dropout) -> "
       "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_q_extra, Tensor grad_k_extra, Tensor grad_v_extra)");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(

@@ -292,14 +292,13 @@ def test_native_operator_checks_what_it_relies_on():
         pytest.skip(_native.why_not())
     inputs, grad_out = draw(2, 3, 13, 4, 8, torch.float32)
     op, backward = torch.ops.fastib.head_token_attention, torch.ops.fastib.head_token_attention_backward
-    out, parts, stats = op(*inputs, None, 0.3, 0.0)
+    out, stats = op(*inputs, None, 0.3, 0.0)
     with pytest.raises(RuntimeError, match="v_extra must have shape"):
         op(*inputs[:5], inputs[5][:, :, 1:], None, 0.3, 0.0)
     with pytest.raises(RuntimeError, match="seed must be given"):
         op(*inputs, None, 0.3, 0.5)
-    for saved, name in (((out[:, :, 1:], parts, stats), "out"), ((out, parts[:1], stats), "parts"),
-                        ((out, parts, stats[..., 1:]), "stats")):  # fmt: skip
+    for saved, name in (((out[:, :, 1:], stats), "out"), ((out, stats[..., 1:]), "stats")):
         with pytest.raises(RuntimeError, match=f"{name} must have shape"):
             backward(grad_out, *inputs, *saved, None, 0.3, 0.0)
     with pytest.raises(RuntimeError, match="grad_out must have shape"):
-        backward(grad_out[:1], *inputs, out, parts, stats, None, 0.3, 0.0)
+        backward(grad_out[:1], *inputs, out, stats, None, 0.3, 0.0)

@@ -26,10 +26,10 @@ from fastib.reference.head_token_attention import head_token_attention_ref
 _NAME = "head_token_attention"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor q_extra, Tensor k_extra, Tensor v_extra"
 SCHEMAS = {
-    _NAME: (f"({_INPUTS}, Tensor? seed, float scale, float attn_dropout) -> (Tensor out, Tensor parts, Tensor stats)"),
+    _NAME: f"({_INPUTS}, Tensor? seed, float scale, float attn_dropout) -> (Tensor out, Tensor stats)",
     f"{_NAME}_backward": (
-        f"(Tensor grad_out, {_INPUTS}, Tensor out, Tensor parts, Tensor stats, Tensor? seed, float scale,"
-        " float attn_dropout) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_q_extra,"
+        f"(Tensor grad_out, {_INPUTS}, Tensor out, Tensor stats, Tensor? seed, float scale, float attn_dropout)"
+        " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_q_extra,"
         " Tensor grad_k_extra, Tensor grad_v_extra)"
     ),
 }
@@ -107,12 +107,10 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, q_extra: Tensor, k_extra: Te
         check_device(_NAME, name, tensor, q.device)
 
 
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, q_extra: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, tokens, head_dim = q.shape
-    extra = q_extra.shape[2]
-    parts = q.new_empty((batch, heads, extra + 1 if extra else 0, head_dim))
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, q_extra: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
-    return _empty_like(q), parts, q.new_empty((batch, heads, 2, tokens + extra), dtype=wide)
+    return _empty_like(q), q.new_empty((batch, heads, 2, tokens + q_extra.shape[2]), dtype=wide)
 
 
 def _backward_fake(grad_out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:

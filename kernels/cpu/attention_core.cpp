@@ -1,21 +1,36 @@
 // Attention of one pair for one instruction set; see attention_core.h.
 #include "attention_core.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
+
+// The longest row whose mask is drawn at once.
+template <typename U>
+int64_t AttentionCore<U>::mask_row_length(const AttentionSizes& s) {
+  return (s.extra ? round_to_lanes<T>(s.N) : kKeyBlock) + kLanes<T>;
+}
+
+// Elements of a block of scores: kQueryBlock rows of a block of keys, and at least one row of all keys to fold.
+template <typename U>
+int64_t AttentionCore<U>::block_size(const AttentionSizes& s) {
+  const int64_t keys = round_to_lanes<T>(s.N), block = kQueryBlock * row_stride(key_block(keys));
+  return s.extra && block < row_stride(keys) ? row_stride(keys) : block;
+}
 
 template <typename U>
 int64_t AttentionCore<U>::scratch_bytes(const AttentionSizes& s, bool backward) {
   const int64_t keys = round_to_lanes<T>(s.N), width = round_to_lanes<T>(s.D);
   const int64_t rows = Scratch::padded_bytes<T>(s.N * width), columns = Scratch::padded_bytes<T>(keys * s.D);
-  const int64_t block = Scratch::padded_bytes<T>(kQueryBlock * row_stride(keys));
+  const int64_t block = Scratch::padded_bytes<T>(block_size(s)), fold = Scratch::padded_bytes<T>(keys);
   const int64_t query_block = Scratch::padded_bytes<T>(kQueryBlock * width);
-  const int64_t mask = Scratch::padded_bytes<int8_t>(dropout_row_bytes(kKeyBlock + kLanes<T>));
-  return (backward ? 3 * rows + 2 * columns + (2 + kPaired) * block + (1 + 2 * kPaired) * query_block
+  const int64_t mask = Scratch::padded_bytes<int8_t>(dropout_row_bytes(mask_row_length(s)));
+  return (backward ? 3 * rows + 2 * columns + (2 + kPaired) * block + (1 + 2 * kPaired) * query_block + fold
                    : rows + columns + block) +
-         2 * query_block + Scratch::padded_bytes<T>(width) + 3 * Scratch::padded_bytes<T>(kQueryBlock) + mask;
+         2 * query_block + fold + 3 * Scratch::padded_bytes<T>(kQueryBlock) + mask;
 }
 
 template <typename U>
@@ -26,16 +41,18 @@ void AttentionCore<U>::init(const AttentionSizes& sizes, bool backward, Scratch&
   depth_ = summed<U>(s_.D);
   left_width_ = round_to_lanes<T>(depth_);
   block_ = key_block(keys_);
-  row_stride_ = row_stride(keys_);
+  row_stride_ = row_stride(block_);
+  folded_ = s_.extra ? s_.extra + 1 : 0;
+  fold_rows_ = smaller(kQueryBlock, block_size(s_) / row_stride(keys_));
   q_ = scratch.take<U>(kQueryBlock * left_width_);
   k_columns_ = scratch.take<U>(keys_ * depth_);
-  scores_ = scratch.take<T>(kQueryBlock * row_stride_);
+  scores_ = scratch.take<T>(block_size(s_));
   out_ = scratch.take<T>(kQueryBlock * width_);
-  extra_sum_ = scratch.take<T>(width_);
+  fold_ = scratch.take<T>(keys_);
   row_max_ = scratch.take<T>(kQueryBlock);
   row_sum_ = scratch.take<T>(kQueryBlock);
   delta_ = scratch.take<T>(kQueryBlock);
-  mask_ = scratch.take<int8_t>(dropout_row_bytes(kKeyBlock + kLanes<T>));
+  mask_ = scratch.take<int8_t>(dropout_row_bytes(mask_row_length(s_)));
   if (backward) {
     k_ = scratch.take<U>(summed<U>(s_.N) * width_);
     v_columns_ = scratch.take<U>(keys_ * depth_);
@@ -44,8 +61,9 @@ void AttentionCore<U>::init(const AttentionSizes& sizes, bool backward, Scratch&
     grad_out_right_ = kPaired ? scratch.take<U>(kQueryBlock * width_) : grad_out_;
     grad_k_ = scratch.take<T>(s_.N * width_);
     grad_v_ = scratch.take<T>(s_.N * width_);
-    grad_scores_ = scratch.take<T>(kQueryBlock * row_stride_);
-    grad_scores_left_ = kPaired ? scratch.take<U>(kQueryBlock * row_stride_) : reinterpret_cast<U*>(grad_scores_);
+    grad_scores_ = scratch.take<T>(block_size(s_));
+    grad_scores_left_ = kPaired ? scratch.take<U>(block_size(s_)) : reinterpret_cast<U*>(grad_scores_);
+    fold_grad_ = scratch.take<T>(keys_);
   } else {
     v_ = scratch.take<U>(summed<U>(s_.N) * width_);
   }
@@ -56,35 +74,62 @@ void AttentionCore<U>::init(const AttentionSizes& sizes, bool backward, Scratch&
 
 template <typename U>
 template <typename E>
-void AttentionCore<U>::forward(const AttentionInputs<E>& x, const AttentionInputs<E>& next,
-                               const AttentionOutputs<E>& out, T* stats, uint64_t first_element,
-                               const ScoreTerm<T>& term) {
+void AttentionCore<U>::forward(const AttentionInputs<E>& x, const AttentionInputs<E>& next, Rows<E> out, T* stats,
+                               uint64_t first_element, const ScoreTerm<T>& term) {
   pack_columns(k_columns_, x.k, s_.N, s_.D);
   pack_right(v_, width_, x.v, s_.N, s_.D);
-  for (int64_t i0 = 0; i0 < s_.N; i0 += kQueryBlock) {
-    const int64_t rows = smaller(kQueryBlock, s_.N - i0);
+  if (folded_) forward_folded(x, next, out, stats, first_element, term);
+  for (int64_t i0 = folded_; i0 < s_.N; i0 += kQueryBlock) {
+    const int64_t rows = smaller(kQueryBlock, s_.N - i0), token = i0 - s_.extra;
     pack_left(q_, left_width_, x.q.from(i0), rows, s_.D);
-    for (int64_t r = 0; r < rows; ++r) {
-      row_max_[r] = std::numeric_limits<T>::lowest();  // finite: a block may hold -infinity alone
-      row_sum_[r] = 0;
-    }
     for (int64_t j0 = 0; j0 < keys_; j0 += block_) {
       const int64_t n = smaller(block_, keys_ - j0);
       score_block(
           i0, rows, j0, n, term, [](T* p, int64_t, Vec<T> x) { store(p, x); },
-          once(j0, next.q.from(i0), out.rows.from(i0)));
-      softmax_block(rows, n, j0 > 0);
+          once(j0, next.q.from(i0), only(out.from(token))));
+      softmax_block(rows, n, j0 > 0, kPaired && s_.dropout <= 0);
       if (s_.dropout > 0)
         for (int64_t r = 0; r < rows; ++r) drop(scores_ + r * row_stride_, n, first_element + mask_row(i0 + r) + j0);
       weighted_rows(out_, reinterpret_cast<const U*>(scores_), v_, rows, j0, n, j0 > 0,
                     once(j0, next.k.from(i0), next.v.from(i0)));
     }
     for (int64_t r = 0; r < rows; ++r) {
-      write_row(out, i0 + r, out_ + r * width_, kept_scale_ / row_sum_[r]);
+      unpack_rows(out.from(token + r), out_ + r * width_, width_, 1, s_.D, kept_scale_ / row_sum_[r]);
       stats[i0 + r] = row_max_[r];
       stats[s_.N + i0 + r] = std::log2(row_sum_[r]);
     }
   }
+}
+
+// Row 0 of the output: v weighted by token 0's probabilities and the mean of the extra tokens'.
+template <typename U>
+template <typename E>
+void AttentionCore<U>::forward_folded(const AttentionInputs<E>& x, const AttentionInputs<E>& next, Rows<E> out,
+                                      T* stats, uint64_t first_element, const ScoreTerm<T>& term) {
+  const int64_t block_stride = std::exchange(row_stride_, row_stride(keys_));
+  std::fill_n(fold_, keys_, T(0));
+  for (int64_t i0 = 0; i0 < folded_; i0 += fold_rows_) {
+    const int64_t rows = smaller(fold_rows_, folded_ - i0);
+    pack_left(q_, left_width_, x.q.from(i0), rows, s_.D);
+    score_block(i0, rows, 0, keys_, term, [](T* p, int64_t, Vec<T> x) { store(p, x); }, Ahead(next.q.from(i0), s_.D));
+    softmax_block(rows, keys_, false, false);
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* p = scores_ + r * row_stride_;
+      const T share = fold_share(i0 + r) * kept_scale_ / row_sum_[r];
+      const int8_t* keep = s_.dropout > 0 ? draw(keys_, first_element + mask_row(i0 + r)) : nullptr;
+      for (int64_t j = 0; j < keys_; j += kLanes<T>) {
+        const Vec<T> weight = load(p + j) * share;
+        store(fold_ + j, load(fold_ + j) + (keep ? keep_lanes<T>(weight, keep + j) : weight));
+      }
+      stats[i0 + r] = row_max_[r];
+      stats[s_.N + i0 + r] = std::log2(row_sum_[r]);
+    }
+  }
+  if constexpr (kPaired) pair_along(reinterpret_cast<U*>(fold_), fold_, keys_);
+  weighted_rows(out_, reinterpret_cast<const U*>(fold_), v_, 1, 0, keys_, false, Ahead());
+  unpack_rows(out, out_, width_, 1, s_.D, T(1));
+  Ahead(next.k, next.v, s_.D)(0, folded_);
+  row_stride_ = block_stride;
 }
 
 template <typename U>
@@ -94,37 +139,23 @@ void AttentionCore<U>::backward(const AttentionGradInputs<E>& x, const Attention
   pack_right(k_, width_, x.forward.k, s_.N, s_.D);
   pack_columns(k_columns_, x.forward.k, s_.N, s_.D);
   pack_columns(v_columns_, x.forward.v, s_.N, s_.D);
-  for (int64_t i = 0; i < s_.N * width_; ++i) grad_k_[i] = grad_v_[i] = 0;
-  // An extra row's probabilities, divided by the number of rows, carry the mean into all gradients.
-  const T extra_share = std::log2(static_cast<T>(s_.extra));
-  for (int64_t i0 = 0; i0 < s_.N; i0 += kQueryBlock) {
-    const int64_t rows = smaller(kQueryBlock, s_.N - i0);
-    pack_left(q_, left_width_, x.forward.q.from(i0), rows, s_.D);
-    pack_left(grad_out_, left_width_, x.grad_out.from(i0), rows, s_.D);
-    if constexpr (kPaired) {
-      pack_right(q_right_, width_, x.forward.q.from(i0), rows, s_.D);
-      pack_right(grad_out_right_, width_, x.grad_out.from(i0), rows, s_.D);
-    }
+  if (folded_) backward_folded(x, next, stats, grad, first_element, term);
+  for (int64_t i0 = folded_; i0 < s_.N; i0 += kQueryBlock) {
+    const int64_t rows = smaller(kQueryBlock, s_.N - i0), token = i0 - s_.extra;
+    pack_queries(x.forward.q.from(i0), rows);
+    pack_left(grad_out_, left_width_, x.grad_out.from(token), rows, s_.D);
+    if constexpr (kPaired) pack_right(grad_out_right_, width_, x.grad_out.from(token), rows, s_.D);
     // Of rows of v that are alike it is what grad_out v^T is, and their difference a rounding of out: in float32 it is
     // summed as that product is. In float64, where nothing is wider, lanes lose less; 16 bits of out lose more.
     int64_t done = 0;
     if constexpr (std::is_same_v<E, float>) {
-      for (; done + 8 <= rows; done += 8) dots_in_order<8>(x.grad_out, x.out, i0 + done, s_.D, delta_ + done);
-      for (; done < rows; ++done) dots_in_order<1>(x.grad_out, x.out, i0 + done, s_.D, delta_ + done);
+      for (; done + 8 <= rows; done += 8) dots_in_order<8>(x.grad_out, x.out, token + done, s_.D, delta_ + done);
+      for (; done < rows; ++done) dots_in_order<1>(x.grad_out, x.out, token + done, s_.D, delta_ + done);
     }
-    for (; done < rows; ++done) delta_[done] = dot(x.grad_out.row(i0 + done), x.out.row(i0 + done), s_.D);
-    for (int64_t r = 0; r < rows; ++r) {
-      row_max_[r] = stats[i0 + r];
-      row_sum_[r] = stats[s_.N + i0 + r] + (i0 + r < s_.extra ? extra_share : T(0));
-    }
+    for (; done < rows; ++done) delta_[done] = dot(x.grad_out.row(token + done), x.out.row(token + done), s_.D);
     for (int64_t j0 = 0; j0 < keys_; j0 += block_) {
       const int64_t n = smaller(block_, keys_ - j0);
-      score_block(
-          i0, rows, j0, n, term,
-          [top = row_max_, log_sum = row_sum_](T* p, int64_t r, Vec<T> x) {
-            store(p, exp2_vec(x - top[r] - log_sum[r]));
-          },
-          once(j0, next.forward.q.from(i0), grad.q.from(i0)));
+      probability_block(i0, rows, j0, n, term, stats, once(j0, next.forward.q.from(i0), grad.q.from(i0)));
       score_gradient_block(rows, j0, n, once(j0, next.forward.k.from(i0), grad.k.from(i0)));
       for (int64_t r = 0; r < rows; ++r) {
         T* ds = grad_scores_ + r * row_stride_;
@@ -132,16 +163,69 @@ void AttentionCore<U>::backward(const AttentionGradInputs<E>& x, const Attention
         term.add_gradient(i0 + r, j0, n, ds);
         if (kPaired && (r % 2 == 1 || r + 1 == rows)) pair_rows(r & ~int64_t{1}, rows, n);
       }
-      weighted_columns(grad_v_, scores_, grad_out_right_, rows, j0, n,
-                       once(i0, next.forward.v.from(j0), grad.v.from(j0)));
-      weighted_columns(grad_k_, grad_scores_, q_right_, rows, j0, n, Ahead());
+      weighted_columns(grad_v_, scores_, grad_out_right_, rows, j0, n, i0 > 0,
+                       once(i0 - folded_, next.forward.v.from(j0), grad.v.from(j0)));
+      weighted_columns(grad_k_, grad_scores_, q_right_, rows, j0, n, i0 > 0, Ahead());
       weighted_rows(out_, grad_scores_left_, k_, rows, j0, n, j0 > 0,
-                    once(j0, next.out.from(i0), next.grad_out.from(i0)));
+                    once(j0, only(next.out.from(token)), only(next.grad_out.from(token))));
     }
     unpack_rows(grad.q.from(i0), out_, width_, rows, s_.D, static_cast<T>(s_.scale));
   }
   unpack_rows(grad.k, grad_k_, width_, s_.N, s_.D, static_cast<T>(s_.scale));
   unpack_rows(grad.v, grad_v_, width_, s_.N, s_.D, T(1));
+}
+
+// The folded rows have one gradient of their probabilities, and in the gradient of v one row of weights.
+template <typename U>
+template <typename E>
+void AttentionCore<U>::backward_folded(const AttentionGradInputs<E>& x, const AttentionGradInputs<E>& next,
+                                       const T* stats, const AttentionGrads<E>& grad, uint64_t first_element,
+                                       const ScoreTerm<T>& term) {
+  const int64_t block_stride = std::exchange(row_stride_, row_stride(keys_));
+  pack_left(grad_out_, left_width_, x.grad_out, 1, s_.D);
+  if constexpr (kPaired) pack_right(grad_out_right_, width_, x.grad_out, 1, s_.D);
+  product(
+      grad_out_, v_columns_, 1, 0, keys_,
+      [dp = fold_grad_](int64_t, int64_t v, Vec<T> x) { store(dp + v * kLanes<T>, x); },
+      Ahead(only(next.out), only(next.grad_out), s_.D));
+  std::fill_n(fold_, keys_, T(0));
+  for (int64_t i0 = 0; i0 < folded_; i0 += fold_rows_) {
+    const int64_t rows = smaller(fold_rows_, folded_ - i0);
+    pack_queries(x.forward.q.from(i0), rows);
+    probability_block(i0, rows, 0, keys_, term, stats, Ahead(next.forward.q.from(i0), grad.q.from(i0), s_.D));
+    for (int64_t r = 0; r < rows; ++r) {
+      fold_gradient(r, fold_share(i0 + r), first_element + mask_row(i0 + r));
+      if (kPaired && (r % 2 == 1 || r + 1 == rows)) pair_rows(r & ~int64_t{1}, rows, keys_);
+    }
+    weighted_columns(grad_k_, grad_scores_, q_right_, rows, 0, keys_, i0 > 0, Ahead());
+    weighted_rows(out_, grad_scores_left_, k_, rows, 0, keys_, false, Ahead());
+    unpack_rows(grad.q.from(i0), out_, width_, rows, s_.D, static_cast<T>(s_.scale));
+  }
+  if constexpr (kPaired) pair_across(reinterpret_cast<U*>(fold_), fold_, nullptr, keys_);
+  weighted_columns(grad_v_, fold_, grad_out_right_, 1, 0, keys_, false, Ahead());
+  Ahead(next.forward.k, grad.k, s_.D)(0, folded_);
+  row_stride_ = block_stride;
+}
+
+// Row r of probabilities: onto the folded row's weights, and turned into the gradient of its scores.
+template <typename U>
+void AttentionCore<U>::fold_gradient(int64_t r, T share, uint64_t first_element) {
+  const T *p = scores_ + r * row_stride_, *dp = fold_grad_;
+  T* ds = grad_scores_ + r * row_stride_;
+  const int8_t* keep = s_.dropout > 0 ? draw(keys_, first_element) : nullptr;
+  const T kept_scale = kept_scale_;
+  const auto kept = [keep, kept_scale](int64_t j, Vec<T> x) {
+    return keep ? keep_lanes<T>(x * kept_scale, keep + j) : x;
+  };
+  Vec<T> delta{};
+  for (int64_t j = 0; j < keys_; j += kLanes<T>) {
+    const Vec<T> probability = load(p + j), gradient = kept(j, load(dp + j));
+    delta += probability * gradient;
+    store(ds + j, gradient);
+    store(fold_ + j, load(fold_ + j) + kept(j, probability) * share);
+  }
+  const T sum = horizontal_sum<T>(delta);
+  for (int64_t j = 0; j < keys_; j += kLanes<T>) store(ds + j, load(p + j) * share * (load(ds + j) - sum));
 }
 
 // The keys in as few equal blocks as kKeyBlock allows.
@@ -186,6 +270,18 @@ void AttentionCore<U>::score_block(int64_t i0, int64_t rows, int64_t j0, int64_t
     run([a = terms[0].a](int64_t, int64_t j) { return load(a + j); });
 }
 
+// scores_ = probabilities, out of the scores and each row's two stats.
+template <typename U>
+void AttentionCore<U>::probability_block(int64_t i0, int64_t rows, int64_t j0, int64_t n, const ScoreTerm<T>& term,
+                                         const T* stats, const Ahead& ahead) {
+  score_block(
+      i0, rows, j0, n, term,
+      [top = stats + i0, log_sum = stats + s_.N + i0](T* p, int64_t r, Vec<T> x) {
+        store(p, exp2_vec(x - top[r] - log_sum[r]));
+      },
+      ahead);
+}
+
 // grad_scores_ = gradient of the scores, or of the dropped probabilities where there is dropout.
 template <typename U>
 void AttentionCore<U>::score_gradient_block(int64_t rows, int64_t j0, int64_t n, const Ahead& ahead) {
@@ -201,14 +297,22 @@ void AttentionCore<U>::score_gradient_block(int64_t rows, int64_t j0, int64_t n,
     });
 }
 
-// Scores to unnormalised probabilities, with running maxima and sums; what earlier blocks left in out_ shrinks.
+// Scores to unnormalised probabilities, as the left operand if `pairs` says so, with the rows' maxima and sums. Of
+// blocks that come later these are running ones, and what earlier blocks left in out_ shrinks.
 template <typename U>
-void AttentionCore<U>::softmax_block(int64_t rows, int64_t n, bool later) {
+void AttentionCore<U>::softmax_block(int64_t rows, int64_t n, bool later, bool pairs) {
   constexpr int W = kLanes<T>;
+  const auto keep = [pairs](T* row, int64_t j, Vec<T> p, Vec<T> p2, int vectors) {
+    if constexpr (kPaired)
+      if (pairs) return store(reinterpret_cast<U*>(row) + j / 2, pair_along(p, p2));
+    store(row + j, p);
+    if (vectors == 2) store(row + j + W, p2);
+  };
   T top[kQueryBlock];
   for (int64_t r = 0; r < rows; ++r) {
     const T* s = scores_ + r * row_stride_;
-    Vec<T> best = splat(row_max_[r]);
+    // Finite: a block may hold -infinity alone.
+    Vec<T> best = splat(later ? row_max_[r] : std::numeric_limits<T>::lowest());
     for (int64_t j = 0; j < n; j += W) best = maximum<T>(best, load(s + j));
     top[r] = horizontal_max<T>(best);
   }
@@ -218,13 +322,13 @@ void AttentionCore<U>::softmax_block(int64_t rows, int64_t n, bool later) {
     int64_t j = 0;
     for (; j + 2 * W <= n; j += 2 * W) {
       const Vec<T> p = exp2_vec(load(s + j) - top[r]), p2 = exp2_vec(load(s + j + W) - top[r]);
-      store_probabilities(s, j, p, p2, 2);
+      keep(s, j, p, p2, 2);
       sum += p;
       sum2 += p2;
     }
     if (j < n) {
       const Vec<T> p = exp2_vec(load(s + j) - top[r]);
-      store_probabilities(s, j, p, Vec<T>{}, 1);
+      keep(s, j, p, Vec<T>{}, 1);
       sum += p;
     }
     T before = 0;
@@ -238,18 +342,15 @@ void AttentionCore<U>::softmax_block(int64_t rows, int64_t n, bool later) {
   }
 }
 
-// One or two vectors of a row in place, as the left operand unless dropout is still to come.
+// The masks of n elements of a row.
 template <typename U>
-void AttentionCore<U>::store_probabilities(T* row, int64_t j, Vec<T> p, Vec<T> p2, int vectors) {
-  if constexpr (kPaired)
-    if (s_.dropout <= 0) return store(reinterpret_cast<U*>(row) + j / 2, pair_along(p, p2));
-  store(row + j, p);
-  if (vectors == 2) store(row + j + kLanes<T>, p2);
+const int8_t* AttentionCore<U>::draw(int64_t n, uint64_t first_element) {
+  return dropout_row(mask_, n, first_element, s_.seed, kAttnDropoutStream, threshold_);
 }
 
 template <typename U>
 void AttentionCore<U>::drop(T* p, int64_t n, uint64_t first_element) {
-  const int8_t* keep = dropout_row(mask_, n, first_element, s_.seed, kAttnDropoutStream, threshold_);
+  const int8_t* keep = draw(n, first_element);
   for (int64_t j = 0; j < n; j += kLanes<T>) store(p + j, keep_lanes<T>(load(p + j), keep + j));
   if constexpr (kPaired) pair_along(reinterpret_cast<U*>(p), p, n);
 }
@@ -257,7 +358,7 @@ void AttentionCore<U>::drop(T* p, int64_t n, uint64_t first_element) {
 // Row r of probabilities and their gradients: dropout applied to both, the latter turned into the scores' gradients.
 template <typename U>
 void AttentionCore<U>::drop_gradient(T* p, T* ds, int64_t r, int64_t n, uint64_t first_element) {
-  const int8_t* keep = dropout_row(mask_, n, first_element, s_.seed, kAttnDropoutStream, threshold_);
+  const int8_t* keep = draw(n, first_element);
   for (int64_t j = 0; j < n; j += kLanes<T>) {
     const Vec<T> probability = load(p + j);
     store(ds + j, probability * (keep_lanes<T>(load(ds + j) * kept_scale_, keep + j) - delta_[r]));
@@ -283,10 +384,25 @@ void AttentionCore<U>::pair_rows(int64_t r, int64_t rows, int64_t n) {
 template <typename U>
 void AttentionCore<U>::weighted_rows(T* dst, const U* block, const U* right, int64_t rows, int64_t j0, int64_t n,
                                      bool add, const Ahead& ahead) {
+  weighted(dst, rows, summed<U>(smaller(n, s_.N - j0)), Left<U>{block, row_stride_, 1}, right + j0 / kSteps<U> * width_,
+           add, ahead);
+}
+
+// dst rows [j0, ...) = (or +=) block^T (keys, rows) times right (rows, D).
+template <typename U>
+void AttentionCore<U>::weighted_columns(T* dst, const T* block, const U* right, int64_t rows, int64_t j0, int64_t n,
+                                        bool add, const Ahead& ahead) {
+  weighted(dst + j0 * width_, smaller(n, s_.N - j0), summed<U>(rows),
+           Left<U>{reinterpret_cast<const U*>(block), 1, kSteps<U> * row_stride_}, right, add, ahead);
+}
+
+// dst (rows, width_) = (or +=) left (rows, depth) times right (depth, width_).
+template <typename U>
+void AttentionCore<U>::weighted(T* dst, int64_t rows, int64_t depth, Left<U> left, const U* right, bool add,
+                                const Ahead& ahead) {
   constexpr int W = kLanes<T>;
   const auto run = [&](auto&& sink) {
-    gemm<U>(rows, width_ / W, summed<U>(smaller(n, s_.N - j0)), Left<U>{block, row_stride_, 1},
-            Right<U>{right + j0 / kSteps<U> * width_, width_, W}, sink, ahead);
+    gemm<U>(rows, width_ / W, depth, left, Right<U>{right, width_, W}, sink, ahead);
   };
   if (add)
     run([dst, width = width_](int64_t m, int64_t v, Vec<T> x) {
@@ -297,39 +413,17 @@ void AttentionCore<U>::weighted_rows(T* dst, const U* block, const U* right, int
     run([dst, width = width_](int64_t m, int64_t v, Vec<T> x) { store(dst + m * width + v * W, x); });
 }
 
-// dst rows [j0, ...) += block^T (keys, rows) times right (rows, D).
-template <typename U>
-void AttentionCore<U>::weighted_columns(T* dst, const T* block, const U* right, int64_t rows, int64_t j0, int64_t n,
-                                        const Ahead& ahead) {
-  constexpr int W = kLanes<T>;
-  gemm<U>(
-      smaller(n, s_.N - j0), width_ / W, summed<U>(rows),
-      Left<U>{reinterpret_cast<const U*>(block), 1, kSteps<U> * row_stride_}, Right<U>{right, width_, W},
-      [first = dst + j0 * width_, width = width_](int64_t m, int64_t v, Vec<T> x) {
-        T* p = first + m * width + v * W;
-        store(p, load(p) + x);
-      },
-      ahead);
-}
-
+// q as it is summed over D, and over the queries.
 template <typename U>
 template <typename E>
-void AttentionCore<U>::write_row(const AttentionOutputs<E>& out, int64_t i, T* row, T factor) {
-  unpack_rows(out.rows.from(i), row, width_, 1, s_.D, factor);
-  if (s_.extra == 0 || i > s_.extra) return;
-  if (i < s_.extra) {
-    const T part = factor / static_cast<T>(s_.extra);
-    for (int64_t d = 0; d < width_; ++d) extra_sum_[d] = (i ? extra_sum_[d] : T(0)) + row[d] * part;
-  } else {
-    for (int64_t d = 0; d < width_; ++d) row[d] = row[d] * factor + extra_sum_[d];
-    unpack_rows(Rows<E>{out.sum, 0}, row, width_, 1, s_.D, T(1));
-  }
+void AttentionCore<U>::pack_queries(JoinedRows<const E> q, int64_t rows) {
+  pack_left(q_, left_width_, q, rows, s_.D);
+  if constexpr (kPaired) pack_right(q_right_, width_, q, rows, s_.D);
 }
 
 #define FASTIB_INSTANTIATE(E)                                                                                     \
-  template void AttentionCore<Operand<E>>::forward(const AttentionInputs<E>&, const AttentionInputs<E>&,          \
-                                                   const AttentionOutputs<E>&, Compute<E>*, uint64_t,             \
-                                                   const ScoreTerm<Compute<E>>&);                                 \
+  template void AttentionCore<Operand<E>>::forward(const AttentionInputs<E>&, const AttentionInputs<E>&, Rows<E>, \
+                                                   Compute<E>*, uint64_t, const ScoreTerm<Compute<E>>&);          \
   template void AttentionCore<Operand<E>>::backward(const AttentionGradInputs<E>&, const AttentionGradInputs<E>&, \
                                                     const Compute<E>*, const AttentionGrads<E>&, uint64_t,        \
                                                     ScoreTerm<Compute<E>>&);

@@ -1,11 +1,13 @@
 // Attention of one (batch, head) pair in scratch memory, forward and backward: with a term added to its scores, and
-// with extra tokens whose outputs end in one row.
+// with extra tokens whose mean output is added to that of token 0.
 //
 // Queries go in blocks of kQueryBlock rows, keys in blocks of at most kKeyBlock; the scores of a block stay in cache
 // and nothing of size N x N exists.
 //
-// Extra tokens come first among the queries and last among the keys and in the dropout mask: when the row that takes
-// their mean is finished, so are they.
+// Extra tokens come first among the queries and last among the keys and in the dropout mask. Their rows and that of
+// token 0 are folded: the mean of outputs is the mean of probabilities, times v, so that one row of weights takes the
+// place of all of them in three of the seven products, and no output of an extra token exists. All have the gradient of
+// token 0's output, and what the backward sums over their outputs it sums over their probabilities.
 //
 // For the backward, `stats` (2, N) keeps each row's largest score and the log of the sum of its exponentials from
 // there, in units of log 2, in the order of the queries: their sum alone would round large scores more than the softmax
@@ -21,7 +23,7 @@
 
 namespace fastib::FASTIB_ISA_NAMESPACE {
 
-inline constexpr int64_t kQueryBlock = 48;
+inline constexpr int64_t kQueryBlock = 72;
 inline constexpr int64_t kKeyBlock = 320;
 inline constexpr double kLog2e = 1.4426950408889634;
 
@@ -77,19 +79,11 @@ struct AttentionInputs {
   JoinedRows<const E> q, k, v;
 };
 
-// Outputs of their own, in the order of the queries; and where the sum of one row and the mean of the extra ones goes,
-// if there are any.
-template <typename E>
-struct AttentionOutputs {
-  JoinedRows<E> rows;
-  E* sum;
-};
-
-// The gradient to the outputs; row i of the extra ones has that to the sum.
+// Outputs have no rows for the extra tokens.
 template <typename E>
 struct AttentionGradInputs {
   AttentionInputs<E> forward;
-  JoinedRows<const E> out, grad_out;
+  Rows<const E> out, grad_out;
 };
 
 template <typename E>
@@ -108,7 +102,7 @@ class AttentionCore {
   void init(const AttentionSizes& sizes, bool backward, Scratch& scratch);
   // first_element: of the pair in the dropout mask.
   template <typename E>
-  void forward(const AttentionInputs<E>& x, const AttentionInputs<E>& next, const AttentionOutputs<E>& out, T* stats,
+  void forward(const AttentionInputs<E>& x, const AttentionInputs<E>& next, Rows<E> out, T* stats,
                uint64_t first_element, const ScoreTerm<T>& term);
   template <typename E>
   void backward(const AttentionGradInputs<E>& x, const AttentionGradInputs<E>& next, const T* stats,
@@ -116,31 +110,44 @@ class AttentionCore {
 
  private:
   static int64_t key_block(int64_t keys);
-  static int64_t row_stride(int64_t keys) { return key_block(keys) + 2 * kLanes<T>; }
+  static int64_t row_stride(int64_t keys) { return keys + 2 * kLanes<T>; }
+  static int64_t block_size(const AttentionSizes& s);
+  static int64_t mask_row_length(const AttentionSizes& s);
+  T fold_share(int64_t i) const { return i < s_.extra ? T(1) / static_cast<T>(s_.extra) : T(1); }
   uint64_t mask_row(int64_t i) const { return (i < s_.extra ? s_.N - s_.extra + i : i - s_.extra) * s_.N; }
   // What a product asks for while it runs, with the first of several blocks alone.
   template <typename A, typename B>
   Ahead once(int64_t block, JoinedRows<A> a, JoinedRows<B> b) const {
     return block == 0 ? Ahead(a, b, s_.D) : Ahead();
   }
-  template <typename E>
-  void write_row(const AttentionOutputs<E>& out, int64_t i, T* row, T factor);
 
+  template <typename E>
+  void forward_folded(const AttentionInputs<E>& x, const AttentionInputs<E>& next, Rows<E> out, T* stats,
+                      uint64_t first_element, const ScoreTerm<T>& term);
+  template <typename E>
+  void backward_folded(const AttentionGradInputs<E>& x, const AttentionGradInputs<E>& next, const T* stats,
+                       const AttentionGrads<E>& grad, uint64_t first_element, const ScoreTerm<T>& term);
+  template <typename E>
+  void pack_queries(JoinedRows<const E> q, int64_t rows);
   template <typename Sink>
   void product(const U* left, const U* columns, int64_t rows, int64_t j0, int64_t n, Sink&& sink, const Ahead& ahead);
   template <typename Sink>
   void score_block(int64_t i0, int64_t rows, int64_t j0, int64_t n, const ScoreTerm<T>& term, Sink&& sink,
                    const Ahead& ahead);
+  void probability_block(int64_t i0, int64_t rows, int64_t j0, int64_t n, const ScoreTerm<T>& term, const T* stats,
+                         const Ahead& ahead);
   void score_gradient_block(int64_t rows, int64_t j0, int64_t n, const Ahead& ahead);
-  void softmax_block(int64_t rows, int64_t n, bool later);
-  void store_probabilities(T* row, int64_t j, Vec<T> p, Vec<T> p2, int vectors);
+  void softmax_block(int64_t rows, int64_t n, bool later, bool pairs);
+  void fold_gradient(int64_t r, T share, uint64_t first_element);
+  const int8_t* draw(int64_t n, uint64_t first_element);
   void drop(T* p, int64_t n, uint64_t first_element);
   void drop_gradient(T* p, T* ds, int64_t r, int64_t n, uint64_t first_element);
   void pair_rows(int64_t r, int64_t rows, int64_t n);
   void weighted_rows(T* dst, const U* block, const U* right, int64_t rows, int64_t j0, int64_t n, bool add,
                      const Ahead& ahead);
-  void weighted_columns(T* dst, const T* block, const U* right, int64_t rows, int64_t j0, int64_t n,
+  void weighted_columns(T* dst, const T* block, const U* right, int64_t rows, int64_t j0, int64_t n, bool add,
                         const Ahead& ahead);
+  void weighted(T* dst, int64_t rows, int64_t depth, Left<U> left, const U* right, bool add, const Ahead& ahead);
 
   AttentionSizes s_;
   int64_t keys_ = 0;        // N rounded up to whole vectors
@@ -148,6 +155,8 @@ class AttentionCore {
   int64_t depth_ = 0;       // elements U that D takes where it is summed over
   int64_t left_width_ = 0;  // depth_ rounded up to whole vectors
   int64_t block_ = 0;       // keys of a block
+  int64_t folded_ = 0;      // rows that are folded
+  int64_t fold_rows_ = 0;   // how many of them scores_ holds against all keys
   int64_t row_stride_ = 0;  // of scores_ and grad_scores_
   T score_unit_ = 0, kept_scale_ = 1;
   uint32_t threshold_ = 0;
@@ -156,10 +165,11 @@ class AttentionCore {
   U *k_ = nullptr, *v_ = nullptr;                                 // (summed(N), width_)
   U *k_columns_ = nullptr, *v_columns_ = nullptr;                 // (keys_ / lanes, depth_, lanes)
   T *grad_k_ = nullptr, *grad_v_ = nullptr;                       // (N, width_)
-  T *scores_ = nullptr, *grad_scores_ = nullptr;                  // (kQueryBlock, row_stride_)
-  U* grad_scores_left_ = nullptr;                                 // (kQueryBlock, row_stride_)
+  T *scores_ = nullptr, *grad_scores_ = nullptr;                  // (kQueryBlock or fold_rows_, row_stride_)
+  U* grad_scores_left_ = nullptr;                                 // the same
   T* out_ = nullptr;                                              // (kQueryBlock, width_)
-  T* extra_sum_ = nullptr;                                        // (width_,), of the extra tokens' outputs
+  T* fold_ = nullptr;                                             // (keys_,), the weights of the folded row
+  T* fold_grad_ = nullptr;                                        // (keys_,), the gradient of every row in it
   T *row_max_ = nullptr, *row_sum_ = nullptr, *delta_ = nullptr;  // (kQueryBlock,)
   int8_t* mask_ = nullptr;
 };

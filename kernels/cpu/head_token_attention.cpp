@@ -51,14 +51,6 @@ JoinedRows<const E> constant(const JoinedRows<E>& x) {
   return {{x.first.p, x.first.stride}, x.n, {x.rest.p, x.rest.stride}};
 }
 
-// What each token attends to by itself: rows of `parts` where there are extra tokens, of `out` behind them.
-template <typename E>
-JoinedRows<E> outputs(const HeadTokenAttentionParams& p, Pair at) {
-  const Rows<E> out = rows<E>(p.out, at);
-  if (p.T == 0) return only(out);
-  return {rows<E>(p.parts, at), p.T + 1, out.from(1)};
-}
-
 template <typename E>
 AttentionInputs<E> inputs(const HeadTokenAttentionParams& p, Pair at) {
   const HeadTokenInputs& x = p.inputs;
@@ -69,8 +61,7 @@ AttentionInputs<E> inputs(const HeadTokenAttentionParams& p, Pair at) {
 template <typename E>
 AttentionGradInputs<E> grad_inputs(const HeadTokenAttentionGradParams& g, Pair at) {
   const HeadTokenAttentionParams& p = g.forward;
-  const Rows<const E> grad_out = {rows<E>(g.grad_out, at).p, g.grad_out.stride[2]};
-  return {inputs<E>(p, at), constant(outputs<E>(p, at)), {{grad_out.p, 0}, p.T, grad_out}};
+  return {inputs<E>(p, at), rows<const E>(p.out, at), rows<const E>(g.grad_out, at)};
 }
 
 // Sets up scratch, the core and the term, then runs body(core, term, pair, the one after it or itself) on [begin, end).
@@ -91,7 +82,7 @@ template <typename E>
 void forward(const HeadTokenAttentionParams& p, int64_t begin, int64_t end) {
   const int64_t tokens = p.N + p.T;
   for_each_pair<E>(p, false, begin, end, [&](auto& core, auto& term, Pair at, Pair next) {
-    core.forward(inputs<E>(p, at), inputs<E>(p, next), AttentionOutputs<E>{outputs<E>(p, at), rows<E>(p.out, at).p},
+    core.forward(inputs<E>(p, at), inputs<E>(p, next), rows<E>(p.out, at),
                  static_cast<Compute<E>*>(p.stats) + at.index * 2 * tokens,
                  static_cast<uint64_t>(at.index) * tokens * tokens, term);
   });

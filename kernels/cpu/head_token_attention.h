@@ -26,11 +26,10 @@ struct HeadTokenAttentionParams {
   int64_t B, H, N, T, D;
   HeadTokenInputs inputs;  // read only
   double scale;
-  double attn_dropout;    // probability, [0, 1]
-  uint64_t seed;          // read only where it is above 0
-  HeadTokenTensor out;    // (B, H, N, D); read by the backward
-  HeadTokenTensor parts;  // (B, H, T + 1, D) outputs of the extra tokens and of token 0 alone; read by the backward
-  void* stats;            // (B, H, 2, N + T) dense, see attention_core.h; float32, float64 where dtype is float64
+  double attn_dropout;  // probability, [0, 1]
+  uint64_t seed;        // read only where it is above 0
+  HeadTokenTensor out;  // (B, H, N, D); read by the backward
+  void* stats;          // (B, H, 2, N + T) dense, see attention_core.h; float32, float64 where dtype is float64
 };
 
 struct HeadTokenAttentionGradParams {

@@ -26,8 +26,8 @@ AttentionInputs<E> inputs(const MhcaAttentionParams& p, Pair at) {
 template <typename E>
 AttentionGradInputs<E> grad_inputs(const MhcaAttentionGradParams& g, Pair at) {
   const MhcaAttentionParams& p = g.forward;
-  return {inputs<E>(p, at), rows<E>(static_cast<const void*>(p.out), p.out_stride, at),
-          rows<E>(g.grad_out, g.grad_out_stride, at)};
+  return {inputs<E>(p, at), pair_rows<E>(static_cast<const void*>(p.out), p.out_stride, at.b, at.h),
+          pair_rows<E>(g.grad_out, g.grad_out_stride, at.b, at.h)};
 }
 
 // Sets up scratch, the core and the position term, then runs body(core, term, pair, the one after it or itself) on
@@ -63,7 +63,7 @@ void for_each_pair(const MhcaAttentionParams& p, bool backward, int64_t begin, i
 template <typename E>
 void forward(const MhcaAttentionParams& p, int64_t begin, int64_t end) {
   for_each_pair<E>(p, false, begin, end, [&](auto& core, auto& term, Pair at, Pair next) {
-    core.forward(inputs<E>(p, at), inputs<E>(p, next), AttentionOutputs<E>{rows<E>(p.out, p.out_stride, at), nullptr},
+    core.forward(inputs<E>(p, at), inputs<E>(p, next), pair_rows<E>(p.out, p.out_stride, at.b, at.h),
                  static_cast<Compute<E>*>(p.stats) + at.index * 2 * p.N, static_cast<uint64_t>(at.index) * p.N * p.N,
                  term);
   });

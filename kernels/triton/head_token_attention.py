@@ -5,11 +5,13 @@
 
 The tokens are never joined in memory: a tile whose rows come from both tensors selects its pointers row by row. Among
 the keys and in the dropout mask the extra tokens come last. Among the forward's queries they come first, so that the
-program of the first block, T < BLOCK_M, owns them and row 0, and adds their mean to it in registers. In the backward
-each of them has 1 / T of row 0's gradient; log2(T) more in the log of its softmax's sum does that. No atomics.
+program of the first block, T < BLOCK_M, owns them and row 0, and adds their mean to it in registers; their outputs are
+not stored. In the backward each of them has 1 / T of row 0's gradient; log2(T) more in the log of its softmax's sum
+does that. What other rows get from their output and its gradient, those T + 1 get from a kernel of their own, which
+sums probabilities times their gradients over the keys. No atomics.
 
 Floor per (batch, head), 16-bit, L = N + T: 8 L D bytes and 4 L^2 D FLOP forward, 16 L D bytes and 10 L^2 D FLOP
-backward.
+backward, and 4 L D bytes of K and V once more.
 """
 
 import torch
@@ -21,6 +23,8 @@ from fastib import _gpu_limits as limits
 from . import attention_config as config
 from .attention_tile import (
     LOG2E,
+    attn_bits,
+    bit,
     bwd_kv_tile,
     bwd_q_tile,
     fwd_tile,
@@ -28,6 +32,7 @@ from .attention_tile import (
     load_at,
     load_rows,
     row_pointers,
+    score_tile,
     store_at,
 )
 from .philox import threshold_and_factor
@@ -55,20 +60,16 @@ def _load_queries(
     x, i, start, ROWS: tl.constexpr, N, T, D: tl.constexpr, BLOCK_D: tl.constexpr,
     FULL: tl.constexpr, EXTRA: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
-    """q and grad_out of rows i = start ... start + ROWS - 1, and out . grad_out and two stats of each, (ROWS,).
-
-    Extra tokens have row 0's gradient. `parts` holds their own outputs and that of row 0, in the order of the queries.
-    """
-    q_rows, do_ptr, stride_don, o_ptr, stride_on, parts_ptr, stats_ptr = x
+    """q and grad_out of rows i = start ... start + ROWS - 1, and the sum over keys of a probability times its gradient
+    and two stats of each, (ROWS,). Extra tokens have row 0's gradient; their sums, and its own, are known."""
+    q_rows, do_ptr, stride_don, o_ptr, stride_on, delta_ptr, stats_ptr = x
     q = _load_joined(q_rows, start, ROWS, N, T, D, BLOCK_D, FULL, JOIN)
     do = _load_joined((do_ptr, stride_don, do_ptr, 0), start, ROWS, N, T, D, BLOCK_D, FULL, JOIN)
-    if EXTRA:
-        part = tl.where(i == 0, T, i - N)
-        ptrs = joined_pointers(o_ptr, start, ROWS, stride_on, parts_ptr, part, D, (i == 0) | (i >= N), BLOCK_D)
-        o = load_at(ptrs, i < N + T, D, BLOCK_D)
-    else:
-        o = load_rows(o_ptr, start, ROWS, stride_on, N, D, BLOCK_D, FULL)
+    o = load_rows(o_ptr, start, ROWS, stride_on, N, D, BLOCK_D, FULL and not JOIN)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    if EXTRA:
+        known = (i == 0) | ((i >= N) & (i < N + T))
+        delta = tl.where(known, tl.load(delta_ptr + tl.where(i == 0, T, i - N), mask=known, other=0.0), delta)
     row = tl.where(i < N, i + T, i - N)
     top = tl.load(stats_ptr + row, mask=i < N + T, other=float("inf"))
     log_sum = tl.load(stats_ptr + N + T + row, mask=i < N + T, other=0.0)
@@ -91,7 +92,7 @@ def _store_joined(
 
 @triton.jit(do_not_specialize=SCALARS)
 def head_token_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, qx_ptr, kx_ptr, vx_ptr, seed_ptr, out_ptr, parts_ptr, stats_ptr,
+    q_ptr, k_ptr, v_ptr, qx_ptr, kx_ptr, vx_ptr, seed_ptr, out_ptr, stats_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_qxb, stride_qxh, stride_qxn, stride_kxb, stride_kxh, stride_kxn, stride_vxb, stride_vxh, stride_vxn,
     H, N, T, scale, attn_threshold, attn_factor,
@@ -120,7 +121,6 @@ def head_token_attention_fwd_kernel(
     k_rows = (k_ptr + b * stride_kb + h * stride_kh, stride_kn, kx_ptr + b * stride_kxb + h * stride_kxh, stride_kxn)
     v_rows = (v_ptr + b * stride_vb + h * stride_vh, stride_vn, vx_ptr + b * stride_vxb + h * stride_vxh, stride_vxn)
     out_ptr += (b * N * H + h) * D
-    parts_ptr += bh * (T + 1) * D
     stats_ptr += 2 * bh * tokens
 
     scale_log2 = scale * LOG2E
@@ -168,7 +168,6 @@ def head_token_attention_fwd_kernel(
         out = acc * (1.0 / norm)[:, None]
         if EXTRA:  # noqa: SIM102
             if start_m == 0:  # the extra tokens and row 0, which is row T here
-                store_at(row_pointers(parts_ptr, 0, BLOCK_M, D, BLOCK_D), out, row <= T, D, BLOCK_D)
                 weight = tl.where(row < T, 1.0 / T.to(tl.float32), 1.0)[:, None]
                 total = tl.sum(tl.where((row <= T)[:, None], out * weight, 0.0), 0)
                 dims = tl.arange(0, BLOCK_D)
@@ -178,9 +177,75 @@ def head_token_attention_fwd_kernel(
         store_at(ptrs, out, (row >= first) & (row < tokens), D, BLOCK_D)
 
 
+@triton.jit
+def _delta_tile(
+    queries, kv, i, start, tokens, scale_log2, drop, ATTN: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr
+):
+    """Sum over keys start ... start + WIDTH - 1 of the probabilities of queries i times their gradients, (ROWS,)."""
+    q, do, top, log_sum = queries
+    k, v = kv
+    _, _, _, _, factor = drop
+    lane = tl.arange(0, WIDTH)
+    s = score_tile(q, k, None, scale_log2)
+    p = tl.exp2(s - top[:, None] - log_sum[:, None])
+    if not FULL:
+        p = tl.where((start + lane)[None, :] < tokens, p, 0.0)
+    if ATTN:
+        bits = attn_bits(drop, i, start, WIDTH)
+        p = tl.where(bit(bits[:, None], lane[None, :]), p * factor, 0.0)
+    return tl.sum(p * tl.sum(v.to(tl.float32) * do[None, :], 1)[None, :], 1)
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def head_token_attention_delta_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, qx_ptr, kx_ptr, vx_ptr, stats_ptr, seed_ptr, delta_ptr,
+    stride_dob, stride_doh, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_qxb, stride_qxh, stride_qxn, stride_kxb, stride_kxh, stride_kxn,
+    stride_vxb, stride_vxh, stride_vxn,
+    H, N, T, scale, attn_threshold, attn_factor,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, JOIN: tl.constexpr, ATTN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Program: of one pair the T extra tokens, then token 0, which have one gradient: sum_j p_ij v_j . do_0."""
+    tokens = N + T
+    bh = tl.program_id(0).to(tl.int64)
+    b = bh // H
+    h = bh % H
+    k_rows = (k_ptr + b * stride_kb + h * stride_kh, stride_kn, kx_ptr + b * stride_kxb + h * stride_kxh, stride_kxn)
+    v_rows = (v_ptr + b * stride_vb + h * stride_vh, stride_vn, vx_ptr + b * stride_vxb + h * stride_vxh, stride_vxn)
+    row = tl.arange(0, ROWS)
+    inside = row <= T
+    q_ptrs = joined_pointers(
+        q_ptr + b * stride_qb + h * stride_qh, -T, ROWS, stride_qn, qx_ptr + b * stride_qxb + h * stride_qxh, row,
+        stride_qxn, row < T, BLOCK_D,
+    )  # fmt: skip
+    q = load_at(q_ptrs, inside, D, BLOCK_D)
+    dims = tl.arange(0, BLOCK_D)
+    do = tl.load(do_ptr + b * stride_dob + h * stride_doh + dims, mask=dims < D, other=0.0).to(tl.float32)
+    stats_ptr += 2 * bh * tokens
+    top = tl.load(stats_ptr + row, mask=inside, other=float("inf"))
+    log_sum = tl.load(stats_ptr + tokens + row, mask=inside, other=0.0)
+    queries = (q, do, top, log_sum)
+
+    scale_log2 = scale * LOG2E
+    drop = (bh, tokens, seed_ptr, attn_threshold, attn_factor)
+    i = tl.where(row < T, N + row, 0)
+    full = tokens // BLOCK_N * BLOCK_N
+    delta = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, full, BLOCK_N):
+        k = _load_joined(k_rows, start, BLOCK_N, N, T, D, BLOCK_D, True, JOIN)
+        v = _load_joined(v_rows, start, BLOCK_N, N, T, D, BLOCK_D, True, JOIN)
+        delta += _delta_tile(queries, (k, v), i, start, tokens, scale_log2, drop, ATTN, BLOCK_N, True)
+    if TAIL > 0:
+        k = _load_joined(k_rows, full, TAIL, N, T, D, BLOCK_D, False, True)
+        v = _load_joined(v_rows, full, TAIL, N, T, D, BLOCK_D, False, True)
+        delta += _delta_tile(queries, (k, v), i, full, tokens, scale_log2, drop, ATTN, TAIL, False)
+    tl.store(delta_ptr + bh * (T + 1) + row, delta, mask=inside)
+
+
 @triton.jit(do_not_specialize=SCALARS)
 def head_token_attention_bwd_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, qx_ptr, kx_ptr, vx_ptr, o_ptr, parts_ptr, stats_ptr, seed_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, qx_ptr, kx_ptr, vx_ptr, o_ptr, delta_ptr, stats_ptr, seed_ptr,
     dq_ptr, dk_ptr, dv_ptr, dqx_ptr, dkx_ptr, dvx_ptr,
     stride_dob, stride_doh, stride_don, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_qxb, stride_qxh, stride_qxn, stride_kxb, stride_kxh, stride_kxn,
@@ -205,9 +270,9 @@ def head_token_attention_bwd_kernel(
     v_rows = (v_ptr + b * stride_vb + h * stride_vh, stride_vn, vx_ptr + b * stride_vxb + h * stride_vxh, stride_vxn)
     do_ptr += b * stride_dob + h * stride_doh
     o_ptr += b * stride_ob + h * stride_oh
-    parts_ptr += bh * (T + 1) * D
+    delta_ptr += bh * (T + 1)
     stats_ptr += 2 * bh * tokens
-    queries = (q_rows, do_ptr, stride_don, o_ptr, stride_on, parts_ptr, stats_ptr)
+    queries = (q_rows, do_ptr, stride_don, o_ptr, stride_on, delta_ptr, stats_ptr)
 
     scale_log2 = scale * LOG2E
     drop = (bh, tokens, seed_ptr, attn_threshold, attn_factor)
@@ -252,9 +317,9 @@ def head_token_attention_bwd_kernel(
 
 
 def head_token_attention_fwd(q, k, v, q_extra, k_extra, v_extra, seed, scale, attn_dropout):
-    """out (B, H, N, D), laid out as (B, N, H, D); parts (B, H, T + 1, D), outputs of the extra tokens and of token 0
-    alone, (B, H, 0, D) where T = 0; stats (B, H, 2, T + N) float32, of extra tokens, then tokens: each row's largest
-    score and the log of the sum of its exponentials from there, in units of log 2. Arguments: the native op's.
+    """out (B, H, N, D), laid out as (B, N, H, D); stats (B, H, 2, T + N) float32, of extra tokens, then tokens: each
+    row's largest score and the log of the sum of its exponentials from there, in units of log 2. Arguments: the native
+    op's.
 
     q, k, v: (B, H, N, D); the extra ones (B, H, T, D); any strides. seed: one int64, read where attn_dropout > 0.
     RuntimeError for a dtype or a size that the kernels do not take.
@@ -266,30 +331,27 @@ def head_token_attention_fwd(q, k, v, q_extra, k_extra, v_extra, seed, scale, at
     dim = config.block_dim(D)
     tile, resident = config.forward_tile(config.chip_of(q), q.element_size(), tokens, dim, attn_dropout > 0)
     out = config.empty_rows(q)
-    parts = q.new_empty((B, H, T + 1 if T else 0, D))
     stats = q.new_empty((B, H, 2, tokens), dtype=torch.float32)
     if out.numel() == 0:
-        return out, parts.zero_(), stats.zero_()
+        return out, stats.zero_()
     inputs = [config.dense_rows(x) for x in (q, k, v, q_extra, k_extra, v_extra)]
     threshold, factor = threshold_and_factor(attn_dropout)
     with config.device_guard(q):
         head_token_attention_fwd_kernel[(B * H if resident else -(-tokens // tile.block_m) * B * H,)](
-            *inputs, seed if attn_dropout > 0 else None, out, parts, stats,
+            *inputs, seed if attn_dropout > 0 else None, out, stats,
             *(stride for x in inputs for stride in x.stride()[:3]),
             H, N, T, float(scale), threshold, factor,
             D, dim, T > 0, tokens // tile.block_n * tile.block_n > N, attn_dropout > 0,
             tile.block_m, tile.block_n, config.tail(tokens, tile.block_n), resident,
             num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers, enable_fp_fusion=True,
         )  # fmt: skip
-    return out, parts, stats
+    return out, stats
 
 
-def head_token_attention_bwd(
-    grad_out, q, k, v, q_extra, k_extra, v_extra, out, parts, stats, seed, scale, attn_dropout
-):  # fmt: skip
+def head_token_attention_bwd(grad_out, q, k, v, q_extra, k_extra, v_extra, out, stats, seed, scale, attn_dropout):
     """Gradients to q, k, v, q_extra, k_extra and v_extra, laid out as `out`. Arguments: the native op's.
 
-    grad_out: (B, H, N, D), any strides. out, parts, stats: what the forward gave. Errors as there.
+    grad_out: (B, H, N, D), any strides. out, stats: what the forward gave. Errors as there.
     """
     limits.check(NAME, limits.head_token_attention(q, q_extra))
     B, H, N, D = q.shape
@@ -300,14 +362,26 @@ def head_token_attention_bwd(
         return tuple(grad.zero_() for grad in grads)
     inputs = [config.dense_rows(x) for x in (grad_out, q, k, v, q_extra, k_extra, v_extra, out)]
     dim = config.block_dim(D)
-    tile = config.backward_tile(config.chip_of(q), q.element_size(), dim, attn_dropout > 0)
-    threshold, factor = threshold_and_factor(attn_dropout)
+    stats, drop = stats.contiguous(), attn_dropout > 0
+    numbers = (H, N, T, float(scale), *threshold_and_factor(attn_dropout))
+    chip, seed = config.chip_of(q), seed if drop else None
     with config.device_guard(q):
+        delta = stats.new_empty((B, H, T + 1))
+        if T > 0:
+            rows = max(16, triton.next_power_of_2(T + 1))
+            tile, _ = config.forward_tile(chip, q.element_size(), tokens, dim, drop)
+            width = tile.block_n
+            head_token_attention_delta_kernel[(B * H,)](
+                *inputs[:-1], stats, seed, delta,
+                *inputs[0].stride()[:2], *(stride for x in inputs[1:-1] for stride in x.stride()[:3]),
+                *numbers, D, dim, tokens // width * width > N, drop, rows, width, config.tail(tokens, width),
+                num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers, enable_fp_fusion=True,
+            )  # fmt: skip
+        tile = config.backward_tile(chip, q.element_size(), dim, drop)
         head_token_attention_bwd_kernel[(-(-tokens // tile.block_m) * 2 * B * H,)](
-            *inputs, parts.contiguous(), stats.contiguous(), seed if attn_dropout > 0 else None, *grads,
-            *(stride for x in inputs for stride in x.stride()[:3]),
-            H, N, T, float(scale), threshold, factor,
-            D, dim, T > 0, tokens // tile.block_n * tile.block_n > N, attn_dropout > 0,
+            *inputs, delta, stats, seed, *grads,
+            *(stride for x in inputs for stride in x.stride()[:3]), *numbers,
+            D, dim, T > 0, tokens // tile.block_n * tile.block_n > N, drop,
             tile.block_m, tile.block_n, config.tail(tokens, tile.block_n),
             num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers, enable_fp_fusion=True,
         )  # fmt: skip

@@ -75,7 +75,7 @@ void check_case(const Case& c, const std::string& isa) {
       for (int64_t d = 0; d < c.D; ++d)
         exact[pair * c.N * c.D + d] += naive.out[(pair * tokens + c.N + t) * c.D + d] / c.T;
 
-  Rows<E> out(c, c.N), parts(c, c.T ? c.T + 1 : 0);
+  Rows<E> out(c, c.N);
   Rows<E> grads[6] = {{c, c.N}, {c, c.N}, {c, c.N}, {c, c.T}, {c, c.T}, {c, c.T}};
   std::vector<Sum> stats(2 * c.B * c.H * tokens, Sum(NAN));
   HeadTokenAttentionGradParams g{};
@@ -84,7 +84,7 @@ void check_case(const Case& c, const std::string& isa) {
   p.scale = naive.scale, p.attn_dropout = c.dropout, p.seed = naive.seed;
   p.inputs = {inputs[0].view(), inputs[1].view(), inputs[2].view(),
               inputs[3].view(), inputs[4].view(), inputs[5].view()};
-  p.out = out.view(), p.parts = parts.view(), p.stats = stats.data();
+  p.out = out.view(), p.stats = stats.data();
   g.grad_out = grad_out.view();
   g.grads = {grads[0].view(), grads[1].view(), grads[2].view(), grads[3].view(), grads[4].view(), grads[5].view()};
   head_token_attention_forward(p, 0, c.B * c.H);
@@ -102,8 +102,8 @@ void check_case(const Case& c, const std::string& isa) {
 
 int main() {
   const Case cases[] = {
-      {2, 2, 65, 4, 48, 0}, {1, 2, 33, 6, 64, 0.3}, {1, 1, 1, 3, 8, 0},
-      {2, 1, 5, 0, 7, 0},   {1, 2, 20, 60, 16, 0},  {1, 1, 340, 5, 16, 0.2},
+      {2, 2, 65, 4, 48, 0},  {1, 2, 33, 6, 64, 0.3},  {1, 1, 1, 3, 8, 0},     {2, 1, 5, 0, 7, 0},
+      {1, 2, 20, 60, 16, 0}, {1, 1, 340, 5, 16, 0.2}, {1, 1, 3, 150, 8, 0.1},
   };
   for (const std::string& isa : cpu_isas()) {
     CHECK(set_cpu_isa(isa) && cpu_isa() == isa);
