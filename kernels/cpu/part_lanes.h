@@ -33,7 +33,7 @@ inline Vec<Compute<E>> load_part(const E* p, int64_t n) {
   }
 #endif
   E part[W] = {};
-  for (int64_t l = 0; l < n; ++l) part[l] = p[l];
+  if (n > 0) std::memcpy(part, p, n * sizeof(E));
   return load_row(part);
 }
 
