@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -185,3 +186,14 @@ def check_operator(
         if dtype == torch.float64:
             floor = 2 * max(floor, data_floor(values[2], dtype))  # ours and that of the exact answer
         assert_twofold(*values, dtype, floor, name)
+
+
+def counted_linear(monkeypatch, user: str) -> list[tuple[int, ...]]:
+    """The shapes that the module `user` gives to `linear`, whose own products take any size from now on."""
+    shapes, own = [], sys.modules["fastib.ops.linear"]
+    monkeypatch.setattr(own, "_FEW", 0)
+    monkeypatch.setattr(own, "_SHARE", 0)
+    monkeypatch.setattr(
+        sys.modules[user], "linear", lambda x, *rest: shapes.append(tuple(x.shape)) or own.linear(x, *rest)
+    )
+    return shapes

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastib.nn.batch_norm import takes_statistics, track_statistics
 from fastib.nn.grid import patch_grid
+from fastib.nn.plain import has_hooks
 from fastib.ops import depthwise_block
 from fastib.ops.linear import has_own_products, linear
 
@@ -81,7 +82,7 @@ class DAFF(nn.Module):
         """
         norms, (batch, places, channels) = (self.norm1, self.norm2), hidden.shape
         plain = all(type(norm) is nn.BatchNorm2d and norm.affine for norm in norms)
-        plain = plain and _is_depthwise(self.conv2, channels) and not any(map(_has_hooks, (*norms, self.conv2)))
+        plain = plain and _is_depthwise(self.conv2, channels) and not any(map(has_hooks, (*norms, self.conv2)))
         return plain and len({takes_statistics(norm) for norm in norms}) == 1 and batch * places > 1
 
     def _fused(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -117,13 +118,9 @@ def _is_depthwise(conv: nn.Module, channels: int) -> bool:
 
 def _is_pointwise(conv: nn.Module) -> bool:
     """Whether it is a 1 x 1 convolution as DAFF builds them, without hooks."""
-    if type(conv) is not nn.Conv2d or _has_hooks(conv):
+    if type(conv) is not nn.Conv2d or has_hooks(conv):
         return False
     return (conv.kernel_size, conv.padding, conv.stride, conv.groups) == ((1, 1), (0, 0), (1, 1), 1)
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    return any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks))
 
 
 def _on_grid(layer: Callable[[Tensor], Tensor], x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastib.nn.plain import apply_linear
 from fastib.ops import head_token_attention
 
 __all__ = ["HeadTokenAttention"]
@@ -23,7 +24,8 @@ class HeadTokenAttention(nn.Module):
     projected to q, k and v by themselves and their outputs averaged before the projection, which is linear, so no
     tensor has N + num_heads rows.
 
-    dim: channels, a multiple of num_heads. backend: of `fastib.ops.head_token_attention`.
+    dim: channels, a multiple of num_heads. backend: of `fastib.ops.head_token_attention`. In float32 on the CPU qkv and
+        proj, too, are products of our own, but with "reference", and where they were replaced, pruned or have hooks.
     Parameters: qkv and proj as in timm's Attention, head_proj (head_dim to dim), head_norm (head_dim), head_embed
     (1, num_heads, dim). ValueError where dim is not a multiple of num_heads.
     """
@@ -70,7 +72,7 @@ class HeadTokenAttention(nn.Module):
             q, k, v, q_extra, k_extra, v_extra, scale=self.scale, backend=self.backend,
             attn_dropout=self.attn_drop.p if self.attn_drop.training else 0.0,
         )  # fmt: skip
-        out = self.proj(out.transpose(1, 2).flatten(2))
+        out = apply_linear(self.proj, out.transpose(1, 2).flatten(2), self.backend)
         if self.proj.bias is not None:  # the bias of the head tokens' projections, whose mean it is
             out = out.select_scatter((out[:, 0] + self.proj.bias).to(out.dtype), dim=1, index=0)
         return self.proj_drop(out)
@@ -90,7 +92,7 @@ class HeadTokenAttention(nn.Module):
         return scores.float().softmax(-1)[..., : x.shape[1]].transpose(1, 2)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        qkv = apply_linear(self.qkv, x, self.backend).unflatten(-1, (3, self.num_heads, self.head_dim))
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def extra_repr(self) -> str:

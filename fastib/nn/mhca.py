@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastib.nn.grid import patch_grid
+from fastib.nn.plain import apply_linear
 from fastib.ops import mhca_attention
 
 __all__ = ["MHCA"]
@@ -24,6 +25,8 @@ class MHCA(nn.Module):
 
     dim: channels. grid_size: patches (grid_h, grid_w), may be reassigned. num_prefix_tokens: tokens before the patches.
     rpe_drop: dropout of the position term; DearKD does not state its rate. backend: of `fastib.ops.mhca_attention`.
+        In float32 on the CPU qkv and proj, too, are products of our own, but with "reference", and where they were
+        replaced, pruned or have hooks.
     Parameters: qkv and proj as in timm's Attention, alpha (num_heads,), center (num_heads, 2); the last two want no
     weight decay. ValueError where dim is not a multiple of num_heads.
     """
@@ -70,7 +73,7 @@ class MHCA(nn.Module):
         if attn_mask is not None or is_causal:
             raise ValueError("MHCA: attn_mask must be None and is_causal False; masks are not supported")
         batch, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
+        qkv = apply_linear(self.qkv, x, self.backend).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = mhca_attention(
             self.q_norm(q), self.k_norm(k), v, self.alpha, self.center,
@@ -82,7 +85,7 @@ class MHCA(nn.Module):
         out = self.norm(out.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(out))
+        return self.proj_drop(apply_linear(self.proj, out, self.backend))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, grid_size={self.grid_size}, num_prefix_tokens={self.num_prefix_tokens}"

@@ -1,10 +1,10 @@
 """DAFF: the published layers, what the class token takes part in, norms of every kind, grids and errors."""
 
 import copy
-import sys
 
 import pytest
 import torch
+from helpers import counted_linear
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -201,24 +201,13 @@ def test_replaced_layers_and_hooks_are_run():
     torch.testing.assert_close(module(x), expected, rtol=1e-9, atol=1e-9)
 
 
-def counted_linear(monkeypatch) -> list[tuple[int, ...]]:
-    """The shapes that DAFF gives to our own products, of any size from now on."""
-    shapes, own = [], sys.modules["fastib.ops.linear"]
-    monkeypatch.setattr(own, "_FEW", 0)
-    monkeypatch.setattr(own, "_SHARE", 0)
-    monkeypatch.setattr(
-        sys.modules["fastib.nn.daff"], "linear", lambda x, *rest: shapes.append(tuple(x.shape)) or own.linear(x, *rest)
-    )
-    return shapes
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_own_products_equal_the_published_layers(monkeypatch, training):
     """In float32: value and all gradients, at most twice as far from float64 as the layers that PyTorch runs.
 
     In the mean square: gradients to biases before a norm are roundings of 0, and the largest one is a matter of chance.
     """
-    exact, shapes = shaken(24, 70, (5, 6)).train(training), counted_linear(monkeypatch)
+    exact, shapes = shaken(24, 70, (5, 6)).train(training), counted_linear(monkeypatch, "fastib.nn.daff")
     x = tokens(6, 31, 24).float().detach()
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
 
@@ -242,7 +231,7 @@ def test_own_products_equal_the_published_layers(monkeypatch, training):
 
 def test_own_products_give_way(monkeypatch):
     """To hooks, pruned and replaced layers, autocast, and backend="reference", which has all derivatives."""
-    shapes = counted_linear(monkeypatch)
+    shapes = counted_linear(monkeypatch, "fastib.nn.daff")
     module, x, names = shaken(8, 20, (3, 5)).float(), tokens(3, 16, 8).float().detach(), []
     expected = published(copy.deepcopy(module).double(), x.double(), (3, 5), True)
     for layer in (module.conv1, module.conv3):
