@@ -74,10 +74,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor weight
   };
   const Tensor grad_x = empty(need_x, {call.B, call.P, call.I});
   const Tensor grad_weight = empty(need_weight, {call.O, call.I}), grad_bias = empty(need_bias, {call.O});
-  if (need_x)
-    run({grad_out.rows, call.O, call.I, call.I, 1, call.weight.const_data_ptr<float>(), nullptr,
-         grad_x.mutable_data_ptr<float>()},
-        call.rows());
   if (need_weight) {
     const LinearWeightParams p{grad_out.rows,
                                call.x.rows,
@@ -88,6 +84,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor weight
                                need_bias ? grad_bias.mutable_data_ptr<float>() : nullptr};
     in_parallel(linear_weight_units(p), [&](int64_t begin, int64_t end) { linear_weight(p, begin, end); });
   }
+  if (need_x)  // last, for who comes next reads it
+    run({grad_out.rows, call.O, call.I, call.I, 1, call.weight.const_data_ptr<float>(), nullptr,
+         grad_x.mutable_data_ptr<float>()},
+        call.rows());
   return {grad_x, grad_weight, grad_bias};
 }
 
