@@ -41,6 +41,7 @@ void AttentionCore<U>::init(const AttentionSizes& sizes, bool backward, Scratch&
   depth_ = summed<U>(s_.D);
   left_width_ = round_to_lanes<T>(depth_);
   block_ = key_block(keys_);
+  whole_ = block_ == keys_;
   row_stride_ = row_stride(block_);
   folded_ = s_.extra ? s_.extra + 1 : 0;
   fold_rows_ = smaller(kQueryBlock, block_size(s_) / row_stride(keys_));
@@ -89,7 +90,11 @@ void AttentionCore<U>::forward(const AttentionInputs<E>& x, const AttentionInput
           once(j0, next.q.from(i0), only(out.from(token))));
       softmax_block(rows, n, j0 > 0, kPaired && s_.dropout <= 0);
       if (s_.dropout > 0)
-        for (int64_t r = 0; r < rows; ++r) drop(scores_ + r * row_stride_, n, first_element + mask_row(i0 + r) + j0);
+        for (int64_t r = 0; r < rows; ++r) {
+          T* p = scores_ + r * row_stride_;
+          drop(p, n, first_element + mask_row(i0 + r) + j0);
+          if constexpr (kPaired) pair_along(reinterpret_cast<U*>(p), p, n);
+        }
       weighted_rows(out_, reinterpret_cast<const U*>(scores_), v_, rows, j0, n, j0 > 0,
                     once(j0, next.k.from(i0), next.v.from(i0)));
     }
@@ -107,23 +112,18 @@ template <typename E>
 void AttentionCore<U>::forward_folded(const AttentionInputs<E>& x, const AttentionInputs<E>& next, Rows<E> out,
                                       T* stats, uint64_t first_element, const ScoreTerm<T>& term) {
   const int64_t block_stride = std::exchange(row_stride_, row_stride(keys_));
-  std::fill_n(fold_, keys_, T(0));
   for (int64_t i0 = 0; i0 < folded_; i0 += fold_rows_) {
     const int64_t rows = smaller(fold_rows_, folded_ - i0);
     pack_left(q_, left_width_, x.q.from(i0), rows, s_.D);
     score_block(i0, rows, 0, keys_, term, [](T* p, int64_t, Vec<T> x) { store(p, x); }, Ahead(next.q.from(i0), s_.D));
     softmax_block(rows, keys_, false, false);
     for (int64_t r = 0; r < rows; ++r) {
-      const T* p = scores_ + r * row_stride_;
-      const T share = fold_share(i0 + r) * kept_scale_ / row_sum_[r];
-      const int8_t* keep = s_.dropout > 0 ? draw(keys_, first_element + mask_row(i0 + r)) : nullptr;
-      for (int64_t j = 0; j < keys_; j += kLanes<T>) {
-        const Vec<T> weight = load(p + j) * share;
-        store(fold_ + j, load(fold_ + j) + (keep ? keep_lanes<T>(weight, keep + j) : weight));
-      }
+      if (s_.dropout > 0) drop(scores_ + r * row_stride_, keys_, first_element + mask_row(i0 + r));
+      delta_[r] = fold_share(i0 + r) * kept_scale_ / row_sum_[r];
       stats[i0 + r] = row_max_[r];
       stats[s_.N + i0 + r] = std::log2(row_sum_[r]);
     }
+    fold(delta_, rows, i0 > 0);
   }
   if constexpr (kPaired) pair_along(reinterpret_cast<U*>(fold_), fold_, keys_);
   weighted_rows(out_, reinterpret_cast<const U*>(fold_), v_, 1, 0, keys_, false, Ahead());
@@ -145,29 +145,24 @@ void AttentionCore<U>::backward(const AttentionGradInputs<E>& x, const Attention
     pack_queries(x.forward.q.from(i0), rows);
     pack_left(grad_out_, left_width_, x.grad_out.from(token), rows, s_.D);
     if constexpr (kPaired) pack_right(grad_out_right_, width_, x.grad_out.from(token), rows, s_.D);
-    // Of rows of v that are alike it is what grad_out v^T is, and their difference a rounding of out: in float32 it is
-    // summed as that product is. In float64, where nothing is wider, lanes lose less; 16 bits of out lose more.
-    int64_t done = 0;
-    if constexpr (std::is_same_v<E, float>) {
-      for (; done + 8 <= rows; done += 8) dots_in_order<8>(x.grad_out, x.out, token + done, s_.D, delta_ + done);
-      for (; done < rows; ++done) dots_in_order<1>(x.grad_out, x.out, token + done, s_.D, delta_ + done);
-    }
-    for (; done < rows; ++done) delta_[done] = dot(x.grad_out.row(token + done), x.out.row(token + done), s_.D);
+    if (!whole_)
+      for (int64_t r = 0; r < rows; ++r) delta_[r] = delta(x.grad_out.row(token + r), x.out.row(token + r));
     for (int64_t j0 = 0; j0 < keys_; j0 += block_) {
       const int64_t n = smaller(block_, keys_ - j0);
       probability_block(i0, rows, j0, n, term, stats, once(j0, next.forward.q.from(i0), grad.q.from(i0)));
-      score_gradient_block(rows, j0, n, once(j0, next.forward.k.from(i0), grad.k.from(i0)));
+      weight_gradient_block(rows, j0, n, once(j0, next.forward.k.from(i0), grad.k.from(i0)));
       for (int64_t r = 0; r < rows; ++r) {
         T* ds = grad_scores_ + r * row_stride_;
-        if (s_.dropout > 0) drop_gradient(scores_ + r * row_stride_, ds, r, n, first_element + mask_row(i0 + r) + j0);
+        score_gradient(r, ds, n, first_element + mask_row(i0 + r) + j0, whole_ ? nullptr : delta_ + r);
         term.add_gradient(i0 + r, j0, n, ds);
         if (kPaired && (r % 2 == 1 || r + 1 == rows)) pair_rows(r & ~int64_t{1}, rows, n);
       }
       weighted_columns(grad_v_, scores_, grad_out_right_, rows, j0, n, i0 > 0,
                        once(i0 - folded_, next.forward.v.from(j0), grad.v.from(j0)));
       weighted_columns(grad_k_, grad_scores_, q_right_, rows, j0, n, i0 > 0, Ahead());
-      weighted_rows(out_, grad_scores_left_, k_, rows, j0, n, j0 > 0,
-                    once(j0, only(next.out.from(token)), only(next.grad_out.from(token))));
+      weighted_rows(
+          out_, grad_scores_left_, k_, rows, j0, n, j0 > 0,
+          once(j0, only(next.grad_out.from(token)), whole_ ? JoinedRows<const E>{} : only(next.out.from(token))));
     }
     unpack_rows(grad.q.from(i0), out_, width_, rows, s_.D, static_cast<T>(s_.scale));
   }
@@ -187,16 +182,20 @@ void AttentionCore<U>::backward_folded(const AttentionGradInputs<E>& x, const At
   product(
       grad_out_, v_columns_, 1, 0, keys_,
       [dp = fold_grad_](int64_t, int64_t v, Vec<T> x) { store(dp + v * kLanes<T>, x); },
-      Ahead(only(next.out), only(next.grad_out), s_.D));
-  std::fill_n(fold_, keys_, T(0));
+      Ahead(only(next.grad_out), s_.D));
   for (int64_t i0 = 0; i0 < folded_; i0 += fold_rows_) {
     const int64_t rows = smaller(fold_rows_, folded_ - i0);
     pack_queries(x.forward.q.from(i0), rows);
     probability_block(i0, rows, 0, keys_, term, stats, Ahead(next.forward.q.from(i0), grad.q.from(i0), s_.D));
     for (int64_t r = 0; r < rows; ++r) {
-      fold_gradient(r, fold_share(i0 + r), first_element + mask_row(i0 + r));
-      if (kPaired && (r % 2 == 1 || r + 1 == rows)) pair_rows(r & ~int64_t{1}, rows, keys_);
+      T* ds = grad_scores_ + r * row_stride_;
+      score_gradient(r, fold_grad_, keys_, first_element + mask_row(i0 + r), nullptr);
+      delta_[r] = fold_share(i0 + r);
+      for (int64_t j = 0; j < keys_; j += kLanes<T>) store(ds + j, load(ds + j) * delta_[r]);
     }
+    fold(delta_, rows, i0 > 0);
+    if constexpr (kPaired)
+      for (int64_t r = 0; r < rows; r += 2) pair_rows(r, rows, keys_);
     weighted_columns(grad_k_, grad_scores_, q_right_, rows, 0, keys_, i0 > 0, Ahead());
     weighted_rows(out_, grad_scores_left_, k_, rows, 0, keys_, false, Ahead());
     unpack_rows(grad.q.from(i0), out_, width_, rows, s_.D, static_cast<T>(s_.scale));
@@ -207,25 +206,21 @@ void AttentionCore<U>::backward_folded(const AttentionGradInputs<E>& x, const At
   row_stride_ = block_stride;
 }
 
-// Row r of probabilities: onto the folded row's weights, and turned into the gradient of its scores.
+// The folded row's weights: the rows of scores_, each times its factor, onto what earlier ones left there if `add` says
+// so. In four parts, which round less than one sum does.
 template <typename U>
-void AttentionCore<U>::fold_gradient(int64_t r, T share, uint64_t first_element) {
-  const T *p = scores_ + r * row_stride_, *dp = fold_grad_;
-  T* ds = grad_scores_ + r * row_stride_;
-  const int8_t* keep = s_.dropout > 0 ? draw(keys_, first_element) : nullptr;
-  const T kept_scale = kept_scale_;
-  const auto kept = [keep, kept_scale](int64_t j, Vec<T> x) {
-    return keep ? keep_lanes<T>(x * kept_scale, keep + j) : x;
-  };
-  Vec<T> delta{};
+void AttentionCore<U>::fold(const T* factors, int64_t rows, bool add) {
+  constexpr int kParts = 4;
   for (int64_t j = 0; j < keys_; j += kLanes<T>) {
-    const Vec<T> probability = load(p + j), gradient = kept(j, load(dp + j));
-    delta += probability * gradient;
-    store(ds + j, gradient);
-    store(fold_ + j, load(fold_ + j) + kept(j, probability) * share);
+    Vec<T> part[kParts] = {};
+    int64_t r = 0;
+    for (; r + kParts <= rows; r += kParts)
+#pragma GCC unroll 4
+      for (int k = 0; k < kParts; ++k) part[k] += load(scores_ + (r + k) * row_stride_ + j) * factors[r + k];
+    for (; r < rows; ++r) part[0] += load(scores_ + r * row_stride_ + j) * factors[r];
+    const Vec<T> sum = (part[0] + part[1]) + (part[2] + part[3]);
+    store(fold_ + j, add ? load(fold_ + j) + sum : sum);
   }
-  const T sum = horizontal_sum<T>(delta);
-  for (int64_t j = 0; j < keys_; j += kLanes<T>) store(ds + j, load(p + j) * share * (load(ds + j) - sum));
 }
 
 // The keys in as few equal blocks as kKeyBlock allows.
@@ -282,19 +277,15 @@ void AttentionCore<U>::probability_block(int64_t i0, int64_t rows, int64_t j0, i
       ahead);
 }
 
-// grad_scores_ = gradient of the scores, or of the dropped probabilities where there is dropout.
+// grad_scores_ = the gradient of what v was weighted with.
 template <typename U>
-void AttentionCore<U>::score_gradient_block(int64_t rows, int64_t j0, int64_t n, const Ahead& ahead) {
-  const auto run = [&](auto&& sink) { product(grad_out_, v_columns_, rows, j0, n, sink, ahead); };
-  if (s_.dropout > 0)
-    run([ds = grad_scores_, stride = row_stride_](int64_t m, int64_t v, Vec<T> x) {
-      store(ds + m * stride + v * kLanes<T>, x);
-    });
-  else
-    run([p = scores_, ds = grad_scores_, stride = row_stride_, delta = delta_](int64_t m, int64_t v, Vec<T> x) {
-      const int64_t at = m * stride + v * kLanes<T>;
-      store(ds + at, load(p + at) * (x - delta[m]));
-    });
+void AttentionCore<U>::weight_gradient_block(int64_t rows, int64_t j0, int64_t n, const Ahead& ahead) {
+  product(
+      grad_out_, v_columns_, rows, j0, n,
+      [ds = grad_scores_, stride = row_stride_](int64_t m, int64_t v, Vec<T> x) {
+        store(ds + m * stride + v * kLanes<T>, x);
+      },
+      ahead);
 }
 
 // Scores to unnormalised probabilities, as the left operand if `pairs` says so, with the rows' maxima and sums. Of
@@ -352,17 +343,47 @@ template <typename U>
 void AttentionCore<U>::drop(T* p, int64_t n, uint64_t first_element) {
   const int8_t* keep = draw(n, first_element);
   for (int64_t j = 0; j < n; j += kLanes<T>) store(p + j, keep_lanes<T>(load(p + j), keep + j));
-  if constexpr (kPaired) pair_along(reinterpret_cast<U*>(p), p, n);
 }
 
-// Row r of probabilities and their gradients: dropout applied to both, the latter turned into the scores' gradients.
+// Row r: the gradient of its scores, p (dp - delta), from dp, that of what v was weighted with, and dropout applied to
+// p. delta is the sum of p dp. Where the row is not whole it is given; else it is divided by the sum of p, so that rows
+// of v that are alike leave no gradient, however p was rounded.
 template <typename U>
-void AttentionCore<U>::drop_gradient(T* p, T* ds, int64_t r, int64_t n, uint64_t first_element) {
-  const int8_t* keep = draw(n, first_element);
-  for (int64_t j = 0; j < n; j += kLanes<T>) {
-    const Vec<T> probability = load(p + j);
-    store(ds + j, probability * (keep_lanes<T>(load(ds + j) * kept_scale_, keep + j) - delta_[r]));
-    store(p + j, keep_lanes<T>(probability * kept_scale_, keep + j));
+void AttentionCore<U>::score_gradient(int64_t r, const T* dp, int64_t n, uint64_t first_element, const T* delta) {
+  T *p = scores_ + r * row_stride_, *ds = grad_scores_ + r * row_stride_;
+  const int8_t* keep = s_.dropout > 0 ? draw(n, first_element) : nullptr;
+  const auto run = [&](auto&& kept) {
+    T mean = 0;
+    if (delta) {
+      mean = *delta;
+    } else {
+      Vec<T> sum{}, weighted{};
+      for (int64_t j = 0; j < n; j += kLanes<T>) {
+        sum += load(p + j);
+        weighted += load(p + j) * kept(j, load(dp + j));
+      }
+      mean = horizontal_sum<T>(weighted) / horizontal_sum<T>(sum);
+    }
+    for (int64_t j = 0; j < n; j += kLanes<T>) store(ds + j, load(p + j) * (kept(j, load(dp + j)) - mean));
+  };
+  if (!keep) return run([](int64_t, Vec<T> x) { return x; });
+  const auto kept = [keep, scale = kept_scale_](int64_t j, Vec<T> x) { return keep_lanes<T>(x * scale, keep + j); };
+  run(kept);
+  for (int64_t j = 0; j < n; j += kLanes<T>) store(p + j, kept(j, load(p + j)));
+}
+
+// The same sum from a row of the output and its gradient. Of rows of v that are alike it is what grad_out v^T is, and
+// their difference a rounding of out: in float32 it is summed as that product is. In float64, where nothing is wider,
+// lanes lose less; 16 bits of out lose more.
+template <typename U>
+template <typename E>
+auto AttentionCore<U>::delta(const E* grad_out, const E* out) const -> T {
+  if constexpr (std::is_same_v<E, float>) {
+    float sum = 0;
+    for (int64_t d = 0; d < s_.D; ++d) sum += grad_out[d] * out[d];
+    return sum;
+  } else {
+    return dot(grad_out, out, s_.D);
   }
 }
 

@@ -136,12 +136,14 @@ class AttentionCore {
                    const Ahead& ahead);
   void probability_block(int64_t i0, int64_t rows, int64_t j0, int64_t n, const ScoreTerm<T>& term, const T* stats,
                          const Ahead& ahead);
-  void score_gradient_block(int64_t rows, int64_t j0, int64_t n, const Ahead& ahead);
+  void weight_gradient_block(int64_t rows, int64_t j0, int64_t n, const Ahead& ahead);
   void softmax_block(int64_t rows, int64_t n, bool later, bool pairs);
-  void fold_gradient(int64_t r, T share, uint64_t first_element);
+  void fold(const T* factors, int64_t rows, bool add);
   const int8_t* draw(int64_t n, uint64_t first_element);
   void drop(T* p, int64_t n, uint64_t first_element);
-  void drop_gradient(T* p, T* ds, int64_t r, int64_t n, uint64_t first_element);
+  void score_gradient(int64_t r, const T* dp, int64_t n, uint64_t first_element, const T* delta);
+  template <typename E>
+  T delta(const E* grad_out, const E* out) const;
   void pair_rows(int64_t r, int64_t rows, int64_t n);
   void weighted_rows(T* dst, const U* block, const U* right, int64_t rows, int64_t j0, int64_t n, bool add,
                      const Ahead& ahead);
@@ -158,6 +160,7 @@ class AttentionCore {
   int64_t folded_ = 0;      // rows that are folded
   int64_t fold_rows_ = 0;   // how many of them scores_ holds against all keys
   int64_t row_stride_ = 0;  // of scores_ and grad_scores_
+  bool whole_ = false;      // whether a block has all keys
   T score_unit_ = 0, kept_scale_ = 1;
   uint32_t threshold_ = 0;
   U *q_ = nullptr, *grad_out_ = nullptr;                          // (kQueryBlock, left_width_)

@@ -276,20 +276,6 @@ inline Compute<E> dot(const E* a, const E* b, int64_t D) {
   return horizontal_sum<T>(sum) + rest;
 }
 
-// The dot products of rows [first, first + kRows) of a and b, each summed one number after the other as a product's
-// tile does: the two round alike.
-template <int kRows, typename A, typename B, typename T>
-inline void dots_in_order(const A& a, const B& b, int64_t first, int64_t D, T* to) {
-  decltype(a.row(0)) left[kRows];
-  decltype(b.row(0)) right[kRows];
-  T sum[kRows] = {};
-  for (int r = 0; r < kRows; ++r) left[r] = a.row(first + r), right[r] = b.row(first + r);
-  for (int64_t d = 0; d < D; ++d)
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) sum[r] += load_float(left[r] + d) * load_float(right[r] + d);
-  for (int r = 0; r < kRows; ++r) to[r] = sum[r];
-}
-
 // Scratch of one thread: grows, is kept for the next call and freed with the thread.
 class Scratch {
  public:
