@@ -154,7 +154,7 @@ void AttentionCore<U>::backward(const AttentionGradInputs<E>& x, const Attention
       for (int64_t r = 0; r < rows; ++r) {
         T* ds = grad_scores_ + r * row_stride_;
         score_gradient(r, ds, n, first_element + mask_row(i0 + r) + j0, whole_ ? nullptr : delta_ + r);
-        term.add_gradient(i0 + r, j0, n, ds);
+        for (int64_t j = 0; j < n; j += kTermKeys) term.add_gradient(i0 + r, j0 + j, smaller(kTermKeys, n - j), ds + j);
         if (kPaired && (r % 2 == 1 || r + 1 == rows)) pair_rows(r & ~int64_t{1}, rows, n);
       }
       weighted_columns(grad_v_, scores_, grad_out_right_, rows, j0, n, i0 > 0,
@@ -357,12 +357,21 @@ void AttentionCore<U>::score_gradient(int64_t r, const T* dp, int64_t n, uint64_
     if (delta) {
       mean = *delta;
     } else {
-      Vec<T> sum{}, weighted{};
-      for (int64_t j = 0; j < n; j += kLanes<T>) {
-        sum += load(p + j);
-        weighted += load(p + j) * kept(j, load(dp + j));
-      }
-      mean = horizontal_sum<T>(weighted) / horizontal_sum<T>(sum);
+      constexpr int kParts = 4;  // which round less than one sum does, and do not wait for each other
+      Vec<T> sum[kParts] = {}, weighted[kParts] = {};
+      const auto add = [&](int part, int64_t j) {
+        sum[part] += load(p + j);
+        weighted[part] += load(p + j) * kept(j, load(dp + j));
+      };
+      const auto total = [](const Vec<T>(&part)[kParts]) {
+        return horizontal_sum<T>((part[0] + part[1]) + (part[2] + part[3]));
+      };
+      int64_t j = 0;
+      for (; j + kParts * kLanes<T> <= n; j += kParts * kLanes<T>)
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; ++part) add(part, j + part * kLanes<T>);
+      for (; j < n; j += kLanes<T>) add(0, j);
+      mean = total(weighted) / total(sum);
     }
     for (int64_t j = 0; j < n; j += kLanes<T>) store(ds + j, load(p + j) * (kept(j, load(dp + j)) - mean));
   };
