@@ -154,7 +154,7 @@ void AttentionCore<U>::backward(const AttentionGradInputs<E>& x, const Attention
       for (int64_t r = 0; r < rows; ++r) {
         T* ds = grad_scores_ + r * row_stride_;
         score_gradient(r, ds, n, first_element + mask_row(i0 + r) + j0, whole_ ? nullptr : delta_ + r);
-        for (int64_t j = 0; j < n; j += kTermKeys) term.add_gradient(i0 + r, j0 + j, smaller(kTermKeys, n - j), ds + j);
+        for (int64_t j = 0; j < n; j += kSumKeys) term.add_gradient(i0 + r, j0 + j, smaller(kSumKeys, n - j), ds + j);
         if (kPaired && (r % 2 == 1 || r + 1 == rows)) pair_rows(r & ~int64_t{1}, rows, n);
       }
       weighted_columns(grad_v_, scores_, grad_out_right_, rows, j0, n, i0 > 0,
@@ -414,8 +414,10 @@ void AttentionCore<U>::pair_rows(int64_t r, int64_t rows, int64_t n) {
 template <typename U>
 void AttentionCore<U>::weighted_rows(T* dst, const U* block, const U* right, int64_t rows, int64_t j0, int64_t n,
                                      bool add, const Ahead& ahead) {
-  weighted(dst, rows, summed<U>(smaller(n, s_.N - j0)), Left<U>{block, row_stride_, 1}, right + j0 / kSteps<U> * width_,
-           add, ahead);
+  for (int64_t j = 0; j < n; j += kSumKeys)
+    weighted(dst, rows, summed<U>(smaller(smaller(kSumKeys, n - j), s_.N - j0 - j)),
+             Left<U>{block + j / kSteps<U>, row_stride_, 1}, right + (j0 + j) / kSteps<U> * width_, add || j > 0,
+             j > 0 ? Ahead() : ahead);
 }
 
 // dst rows [j0, ...) = (or +=) block^T (keys, rows) times right (rows, D).

@@ -25,7 +25,7 @@ namespace fastib::FASTIB_ISA_NAMESPACE {
 
 inline constexpr int64_t kQueryBlock = 72;
 inline constexpr int64_t kKeyBlock = 1088;
-inline constexpr int64_t kTermKeys = 256;  // whose gradients go to the term at once: it sums them in the compute type
+inline constexpr int64_t kSumKeys = 320;  // that are summed in one go: longer sums round more
 inline constexpr double kLog2e = 1.4426950408889634;
 
 struct AttentionSizes {
