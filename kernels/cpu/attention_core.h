@@ -161,7 +161,7 @@ class AttentionCore {
   int64_t folded_ = 0;      // rows that are folded
   int64_t fold_rows_ = 0;   // how many of them scores_ holds against all keys
   int64_t row_stride_ = 0;  // of scores_ and grad_scores_
-  bool whole_ = false;      // whether a block has all keys
+  bool whole_ = false;      // whether rows are summed over their keys: a block has all, and out is rounded more
   T score_unit_ = 0, kept_scale_ = 1;
   uint32_t threshold_ = 0;
   U *q_ = nullptr, *grad_out_ = nullptr;                          // (kQueryBlock, left_width_)

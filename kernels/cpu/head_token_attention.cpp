@@ -1,7 +1,8 @@
 // Attention with extra tokens for one instruction set; see head_token_attention.h.
 //
-// Floors of one pair, forward and backward: 14 (N + T)^2 D floating-point operations and 9 (N + T) D elements moved. As
-// in mhca_attention the arithmetic is the bound. Neither the joined tokens nor their outputs are ever stored.
+// Floors of one pair, forward and backward: (14 N + 8 T) (N + T) D floating-point operations and 9 (N + T) D elements
+// moved. As in mhca_attention the arithmetic is the bound. Neither the joined tokens nor the extra ones' outputs are
+// ever stored.
 #include "head_token_attention.h"
 
 #include <limits>
