@@ -51,7 +51,8 @@ def steps(q, k, v, q_extra, k_extra, v_extra, dtype, round=lambda x: x, scale=No
     """The operator with its roundings: of scores, probabilities and outputs, and of the gradients of each.
 
     Sums over the head dimension round term by term, in quadrature; where nothing wider adds them up, each of the n
-    partial sums rounds, by half a unit, and they grow as its square root."""
+    partial sums rounds, by half a unit, and they grow as its square root. Hooks hold detached tensors alone: a graph
+    that one of its own hooks holds is never freed."""
     growth = max(1.0, q.shape[3] ** 0.5 / 2) if dtype in (torch.float32, torch.float64) else 1.0
 
     def rounded(t, terms=lambda grad: grad):
@@ -70,15 +71,17 @@ def steps(q, k, v, q_extra, k_extra, v_extra, dtype, round=lambda x: x, scale=No
     total = scores.logsumexp(-1, True)
     if total.requires_grad:
         total.register_hook(lambda grad: grad + round(delta_terms()) - delta_terms())
-    probs = rounded((scores - total).exp(), lambda grad: growth * (to_out.square() @ v.detach().square().mT).sqrt())
+    v_value = v.detach()
+    probs = rounded((scores - total).exp(), lambda grad: growth * (to_out.square() @ v_value.square().mT).sqrt())
     if attn_dropout:
         probs = probs * keep_mask(seed, tuple(probs.shape), attn_dropout, ATTN_STREAM) * keep_factor(attn_dropout)
     joined = probs @ v
+    joined_value = joined.detach()
     if joined.requires_grad:
         joined.register_hook(keep_gradient)
 
     def delta_terms():
-        return growth * (to_out * joined.detach()).square().sum(-1, True).sqrt()
+        return growth * (to_out * joined_value).square().sum(-1, True).sqrt()
 
     out, rest = rounded(joined).split((tokens, extra), 2)
     return torch.cat((out[:, :, :1] + rest.mean(2, True), out[:, :, 1:]), 2) if extra else out

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "attention_core.h"
 
@@ -51,7 +52,6 @@ class RelativePosition final : public ScoreTerm<T> {
     mask_ = keep_all_ + row_length(g);
     if (g.dropout > 0) std::memset(keep_all_, -1, row_length(g));
     threshold_ = dropout_threshold(g.dropout);
-    kept_scale_ = static_cast<T>(dropout_scale(g.dropout));
     for (int64_t j = 0; j < row_length(g); ++j) {
       const bool patch = j >= g.prefix && j < g.N;
       token_row_[j] = patch ? static_cast<T>((j - g.prefix) / g.grid_w) : T(0);
@@ -75,17 +75,19 @@ class RelativePosition final : public ScoreTerm<T> {
     alpha_ = alpha;
     center_row_ = center_row;
     center_column_ = center_column;
-    const T unit = static_cast<T>(1.4426950408889634) * (g.dropout > 0 ? kept_scale_ : T(1));
+    // In a wider type, and rounded once: errors of so few numbers, which all scores share, do not average out.
+    using Wide = std::conditional_t<std::is_same_v<T, float>, double, long double>;
+    const Wide unit = 1.442695040888963407359924681001892137L * (g.dropout > 0 ? dropout_scale(g.dropout) : 1.0);
     // Bounded, so that the parts in rows and in columns cannot be infinities of opposite sign.
-    const T bound = std::numeric_limits<T>::max() / 4;
-    const auto part = [&](T d, T center) {
-      const T x = -alpha * (d * d - 2 * center * d) * unit;
-      return x > bound ? bound : x < -bound ? -bound : x;
+    const Wide bound = std::numeric_limits<T>::max() / 4;
+    const auto part = [&](Wide d, Wide center) {
+      const Wide x = -alpha * (d * d - 2 * center * d) * unit;
+      return static_cast<T>(x > bound ? bound : x < -bound ? -bound : x);
     };
     for (int64_t y = 1 - g.grid_h; y < g.grid_h; ++y)
-      row_table_[y + g.grid_h - 1] = part(static_cast<T>(y), center_row);
+      row_table_[y + g.grid_h - 1] = part(y, center_row);
     for (int64_t x = 1 - g.grid_w; x < g.grid_w; ++x)
-      column_table_[x + g.grid_w - 1] = part(static_cast<T>(x), center_column);
+      column_table_[x + g.grid_w - 1] = part(x, center_column);
     if (keeps_tables(g)) {
       for (int64_t y = 0; y < g.grid_h; ++y) expand_row(row_terms_ + y * row_length(g), y);
       for (int64_t x = 0; x < g.grid_w; ++x) expand_column(column_terms_ + x * row_length(g), x);
@@ -156,7 +158,7 @@ class RelativePosition final : public ScoreTerm<T> {
 
   // (alpha, center row, center column) of what add_gradient collected.
   void gradient(double* out) const {
-    const double unit = geometry_.dropout > 0 ? static_cast<double>(kept_scale_) : 1.0;
+    const double unit = geometry_.dropout > 0 ? dropout_scale(geometry_.dropout) : 1.0;
     out[0] = unit * (2.0 * (center_row_ * sum_row_ + center_column_ * sum_column_) - sum_square_);
     out[1] = unit * 2.0 * alpha_ * sum_row_;
     out[2] = unit * 2.0 * alpha_ * sum_column_;
@@ -220,7 +222,7 @@ class RelativePosition final : public ScoreTerm<T> {
 
   Geometry geometry_;
   int64_t head_ = 0;
-  T alpha_ = 0, center_row_ = 0, center_column_ = 0, kept_scale_ = 0;
+  T alpha_ = 0, center_row_ = 0, center_column_ = 0;
   uint32_t threshold_ = 0;
   T* row_table_ = nullptr;     // (2 grid_h - 1) over the row offset
   T* column_table_ = nullptr;  // (2 grid_w - 1) over the column offset
@@ -235,7 +237,8 @@ class RelativePosition final : public ScoreTerm<T> {
   int8_t* keep_all_ = nullptr;     // (row_length,)
   int8_t* mask_ = nullptr;         // (heads_, N, mask_stride) dropout masks where they are kept, then room for one row
   int8_t* masks_ = nullptr;        // those of this head
-  double sum_square_ = 0, sum_row_ = 0, sum_column_ = 0;
+  // Wider than double: rows cancel each other, and the three sums do.
+  long double sum_square_ = 0, sum_row_ = 0, sum_column_ = 0;
 };
 
 }  // namespace fastib::FASTIB_ISA_NAMESPACE
