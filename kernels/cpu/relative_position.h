@@ -84,10 +84,8 @@ class RelativePosition final : public ScoreTerm<T> {
       const Wide x = -alpha * (d * d - 2 * center * d) * unit;
       return static_cast<T>(x > bound ? bound : x < -bound ? -bound : x);
     };
-    for (int64_t y = 1 - g.grid_h; y < g.grid_h; ++y)
-      row_table_[y + g.grid_h - 1] = part(y, center_row);
-    for (int64_t x = 1 - g.grid_w; x < g.grid_w; ++x)
-      column_table_[x + g.grid_w - 1] = part(x, center_column);
+    for (int64_t y = 1 - g.grid_h; y < g.grid_h; ++y) row_table_[y + g.grid_h - 1] = part(y, center_row);
+    for (int64_t x = 1 - g.grid_w; x < g.grid_w; ++x) column_table_[x + g.grid_w - 1] = part(x, center_column);
     if (keeps_tables(g)) {
       for (int64_t y = 0; y < g.grid_h; ++y) expand_row(row_terms_ + y * row_length(g), y);
       for (int64_t x = 0; x < g.grid_w; ++x) expand_column(column_terms_ + x * row_length(g), x);
