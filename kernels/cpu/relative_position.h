@@ -13,6 +13,8 @@ namespace fastib::FASTIB_ISA_NAMESPACE {
 
 template <typename T>
 class RelativePosition final : public ScoreTerm<T> {
+  using Wide = std::conditional_t<std::is_same_v<T, float>, double, long double>;
+
  public:
   struct Geometry {
     int64_t N, grid_h, grid_w, prefix;
@@ -76,7 +78,6 @@ class RelativePosition final : public ScoreTerm<T> {
     center_row_ = center_row;
     center_column_ = center_column;
     // In a wider type, and rounded once: errors of so few numbers, which all scores share, do not average out.
-    using Wide = std::conditional_t<std::is_same_v<T, float>, double, long double>;
     const Wide unit = 1.442695040888963407359924681001892137L * (g.dropout > 0 ? dropout_scale(g.dropout) : 1.0);
     // Bounded, so that the parts in rows and in columns cannot be infinities of opposite sign.
     const Wide bound = std::numeric_limits<T>::max() / 4;
@@ -235,8 +236,7 @@ class RelativePosition final : public ScoreTerm<T> {
   int8_t* keep_all_ = nullptr;     // (row_length,)
   int8_t* mask_ = nullptr;         // (heads_, N, mask_stride) dropout masks where they are kept, then room for one row
   int8_t* masks_ = nullptr;        // those of this head
-  // Wider than double: rows cancel each other, and the three sums do.
-  long double sum_square_ = 0, sum_row_ = 0, sum_column_ = 0;
+  Wide sum_square_ = 0, sum_row_ = 0, sum_column_ = 0;  // rows cancel each other, and the three sums do
 };
 
 }  // namespace fastib::FASTIB_ISA_NAMESPACE
