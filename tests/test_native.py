@@ -185,11 +185,11 @@ def test_numpy_kernels_agree_with_the_operators(kernels, dtype):
     options = {name: to_numpy(x) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     problem = kernels.MhcaAttention(**options, seed=77)
     out, stats = problem.forward()
-    expected_out, expected_lse = forward(**values)
+    expected_out, expected_stats = forward(**values)
     np.testing.assert_array_equal(out, to_numpy(expected_out.contiguous()))
-    np.testing.assert_array_equal(stats, expected_lse.numpy())
+    np.testing.assert_array_equal(stats, expected_stats.numpy())
     gradients = problem.backward(to_numpy(values["grad_out"]), out, stats)
-    values |= {"out": expected_out, "stats": expected_lse}
+    values |= {"out": expected_out, "stats": expected_stats}
     for got, want in zip(gradients, backward(**values), strict=True):
         np.testing.assert_array_equal(got, to_numpy(want.contiguous()))
 

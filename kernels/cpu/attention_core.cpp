@@ -101,7 +101,7 @@ void AttentionCore<U>::forward(const AttentionInputs<E>& x, const AttentionInput
     for (int64_t r = 0; r < rows; ++r) {
       unpack_rows(out.from(token + r), out_ + r * width_, width_, 1, s_.D, kept_scale_ / row_sum_[r]);
       stats[i0 + r] = row_max_[r];
-      stats[s_.N + i0 + r] = std::log2(row_sum_[r]);
+      stats[s_.N + i0 + r] = row_sum_[r];
     }
   }
 }
@@ -121,7 +121,7 @@ void AttentionCore<U>::forward_folded(const AttentionInputs<E>& x, const Attenti
       if (s_.dropout > 0) drop(scores_ + r * row_stride_, keys_, first_element + mask_row(i0 + r));
       delta_[r] = fold_share(i0 + r) * kept_scale_ / row_sum_[r];
       stats[i0 + r] = row_max_[r];
-      stats[s_.N + i0 + r] = std::log2(row_sum_[r]);
+      stats[s_.N + i0 + r] = row_sum_[r];
     }
     fold(delta_, rows, i0 > 0);
   }
@@ -246,7 +246,10 @@ template <typename Sink>
 void AttentionCore<U>::score_block(int64_t i0, int64_t rows, int64_t j0, int64_t n, const ScoreTerm<T>& term,
                                    Sink&& sink, const Ahead& ahead) {
   TermRow<T> terms[kQueryBlock];
-  for (int64_t r = 0; r < rows; ++r) terms[r] = term.row(i0 + r, j0, n, scores_ + r * row_stride_);
+  for (int64_t r = 0; r < rows; ++r) {
+    terms[r] = term.row(i0 + r, j0, n, scores_ + r * row_stride_);
+    if (!terms[0].b) break;
+  }
   const auto run = [&](auto&& add) {
     product(
         q_, k_columns_, rows, j0, n,
@@ -269,12 +272,11 @@ void AttentionCore<U>::score_block(int64_t i0, int64_t rows, int64_t j0, int64_t
 template <typename U>
 void AttentionCore<U>::probability_block(int64_t i0, int64_t rows, int64_t j0, int64_t n, const ScoreTerm<T>& term,
                                          const T* stats, const Ahead& ahead) {
+  T factor[kQueryBlock];
+  for (int64_t r = 0; r < rows; ++r) factor[r] = 1 / stats[s_.N + i0 + r];
   score_block(
       i0, rows, j0, n, term,
-      [top = stats + i0, log_sum = stats + s_.N + i0](T* p, int64_t r, Vec<T> x) {
-        store(p, exp2_vec(x - top[r] - log_sum[r]));
-      },
-      ahead);
+      [top = stats + i0, &factor](T* p, int64_t r, Vec<T> x) { store(p, exp2_vec(x - top[r]) * factor[r]); }, ahead);
 }
 
 // grad_scores_ = the gradient of what v was weighted with.

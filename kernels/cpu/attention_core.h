@@ -9,9 +9,8 @@
 // place of all of them in three of the seven products, and no output of an extra token exists. All have the gradient of
 // token 0's output, and what the backward sums over their outputs it sums over their probabilities.
 //
-// For the backward, `stats` (2, N) keeps each row's largest score and the log of the sum of its exponentials from
-// there, in units of log 2, in the order of the queries: their sum alone would round large scores more than the softmax
-// did.
+// For the backward, `stats` (2, N) keeps each row's largest score, in units of log 2, and the sum of its exponentials
+// from there, in the order of the queries. One logarithm of both would round more than the softmax did.
 #pragma once
 
 #include <cstdint>

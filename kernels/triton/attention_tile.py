@@ -128,14 +128,14 @@ def bwd_kv_tile(grads, kv, queries, bias, i, start_n, scale_log2, drop, ATTN: tl
     """Adds queries i to dk and dv of keys start_n ... start_n + KEYS - 1: (KEYS, BLOCK_D). Tiles are transposed.
 
     queries: q and grad_out, (WIDTH, BLOCK_D); out . grad_out, the largest score, infinite where there is no query, and
-    the log of the sum of exponentials from there, (WIDTH,). bias: (KEYS, WIDTH) or None.
+    one over the sum of exponentials from there, (WIDTH,). bias: (KEYS, WIDTH) or None.
     """
     dk, dv = grads
     k, v = kv
-    q, do, delta, top, log_sum = queries
+    q, do, delta, top, per_sum = queries
     _, _, _, _, factor = drop
     s = score_tile(k, q, bias, scale_log2)
-    p = tl.exp2(s - top[None, :] - log_sum[None, :])
+    p = tl.exp2(s - top[None, :]) * per_sum[None, :]
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     p_kept = p
     if ATTN:

@@ -6,7 +6,7 @@
 The tokens are never joined in memory: a tile whose rows come from both tensors selects its pointers row by row. Among
 the keys and in the dropout mask the extra tokens come last. Among the forward's queries they come first, so that the
 program of the first block, T < BLOCK_M, owns them and row 0, and adds their mean to it in registers; their outputs are
-not stored. In the backward each of them has 1 / T of row 0's gradient; log2(T) more in the log of its softmax's sum
+not stored. In the backward each of them has 1 / T of row 0's gradient; a sum of its softmax that is T times as large
 does that. What other rows get from their output and its gradient, those T + 1 get from a kernel of their own, which
 sums probabilities times their gradients over the keys. No atomics.
 
@@ -60,8 +60,9 @@ def _load_queries(
     x, i, start, ROWS: tl.constexpr, N, T, D: tl.constexpr, BLOCK_D: tl.constexpr,
     FULL: tl.constexpr, EXTRA: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
-    """q and grad_out of rows i = start ... start + ROWS - 1, and the sum over keys of a probability times its gradient
-    and two stats of each, (ROWS,). Extra tokens have row 0's gradient; their sums, and its own, are known."""
+    """q and grad_out of rows i = start ... start + ROWS - 1, and of each the sum over keys of a probability times its
+    gradient, the largest score, and one over the sum of exponentials from there, (ROWS,). Extra tokens have row 0's
+    gradient; the first sums of theirs, and of its own, are known."""
     q_rows, do_ptr, stride_don, o_ptr, stride_on, delta_ptr, stats_ptr = x
     q = _load_joined(q_rows, start, ROWS, N, T, D, BLOCK_D, FULL, JOIN)
     do = _load_joined((do_ptr, stride_don, do_ptr, 0), start, ROWS, N, T, D, BLOCK_D, FULL, JOIN)
@@ -72,10 +73,10 @@ def _load_queries(
         delta = tl.where(known, tl.load(delta_ptr + tl.where(i == 0, T, i - N), mask=known, other=0.0), delta)
     row = tl.where(i < N, i + T, i - N)
     top = tl.load(stats_ptr + row, mask=i < N + T, other=float("inf"))
-    log_sum = tl.load(stats_ptr + N + T + row, mask=i < N + T, other=0.0)
+    norm = tl.load(stats_ptr + N + T + row, mask=i < N + T, other=1.0)
     if JOIN:
-        log_sum += tl.where(i >= N, tl.log2(T.to(tl.float32)), 0.0)
-    return q, do, delta, top, log_sum
+        norm *= tl.where(i >= N, T.to(tl.float32), 1.0)
+    return q, do, delta, top, 1.0 / norm
 
 
 @triton.jit
@@ -164,7 +165,7 @@ def head_token_attention_fwd_kernel(
                 (acc, m, norm), (q, k_tail, v_tail), None, i, full, tokens, scale_log2, drop, ATTN, TAIL, False
             )
         tl.store(stats_ptr + row, m, mask=row < tokens)
-        tl.store(stats_ptr + tokens + row, tl.log2(norm), mask=row < tokens)
+        tl.store(stats_ptr + tokens + row, norm, mask=row < tokens)
         out = acc * (1.0 / norm)[:, None]
         if EXTRA:  # noqa: SIM102
             if start_m == 0:  # the extra tokens and row 0, which is row T here
@@ -182,12 +183,12 @@ def _delta_tile(
     queries, kv, i, start, tokens, scale_log2, drop, ATTN: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr
 ):
     """Sum over keys start ... start + WIDTH - 1 of the probabilities of queries i times their gradients, (ROWS,)."""
-    q, do, top, log_sum = queries
+    q, do, top, per_sum = queries
     k, v = kv
     _, _, _, _, factor = drop
     lane = tl.arange(0, WIDTH)
     s = score_tile(q, k, None, scale_log2)
-    p = tl.exp2(s - top[:, None] - log_sum[:, None])
+    p = tl.exp2(s - top[:, None]) * per_sum[:, None]
     if not FULL:
         p = tl.where((start + lane)[None, :] < tokens, p, 0.0)
     if ATTN:
@@ -224,8 +225,8 @@ def head_token_attention_delta_kernel(
     do = tl.load(do_ptr + b * stride_dob + h * stride_doh + dims, mask=dims < D, other=0.0).to(tl.float32)
     stats_ptr += 2 * bh * tokens
     top = tl.load(stats_ptr + row, mask=inside, other=float("inf"))
-    log_sum = tl.load(stats_ptr + tokens + row, mask=inside, other=0.0)
-    queries = (q, do, top, log_sum)
+    per_sum = 1.0 / tl.load(stats_ptr + tokens + row, mask=inside, other=1.0)
+    queries = (q, do, top, per_sum)
 
     scale_log2 = scale * LOG2E
     drop = (bh, tokens, seed_ptr, attn_threshold, attn_factor)
@@ -295,7 +296,7 @@ def head_token_attention_bwd_kernel(
         _store_joined(dk_ptr, dkx_ptr, b, h, H, start_m, BLOCK_M, dk * scale, N, T, D, BLOCK_D)
         _store_joined(dv_ptr, dvx_ptr, b, h, H, start_m, BLOCK_M, dv, N, T, D, BLOCK_D)
     else:
-        q, do, delta, top, log_sum = _load_queries(
+        q, do, delta, top, per_sum = _load_queries(
             queries, own, start_m, BLOCK_M, N, T, D, BLOCK_D, False, EXTRA, EXTRA
         )
         row_tiles = (q, do, delta, top)
@@ -312,14 +313,13 @@ def head_token_attention_bwd_kernel(
             dq, _ = bwd_q_tile(
                 dq, row_tiles, (k_tile, v_tile), None, own, full, tokens, scale_log2, drop, ATTN, TAIL, False
             )
-        dq = dq * (tl.exp2(-log_sum) * scale)[:, None]
+        dq = dq * (per_sum * scale)[:, None]
         _store_joined(dq_ptr, dqx_ptr, b, h, H, start_m, BLOCK_M, dq, N, T, D, BLOCK_D)
 
 
 def head_token_attention_fwd(q, k, v, q_extra, k_extra, v_extra, seed, scale, attn_dropout):
     """out (B, H, N, D), laid out as (B, N, H, D); stats (B, H, 2, T + N) float32, of extra tokens, then tokens: each
-    row's largest score and the log of the sum of its exponentials from there, in units of log 2. Arguments: the native
-    op's.
+    row's largest score, in units of log 2, and the sum of its exponentials from there. Arguments: the native op's.
 
     q, k, v: (B, H, N, D); the extra ones (B, H, T, D); any strides. seed: one int64, read where attn_dropout > 0.
     RuntimeError for a dtype or a size that the kernels do not take.

@@ -137,7 +137,7 @@ def mhca_attention_fwd_kernel(
             )
         store_rows(out_ptr, start_m, BLOCK_M, H * D, acc * (1.0 / norm)[:, None], N, D, BLOCK_D)
         tl.store(stats_ptr + 2 * bh * N + i, m, mask=i < N)
-        tl.store(stats_ptr + (2 * bh + 1) * N + i, tl.log2(norm), mask=i < N)
+        tl.store(stats_ptr + (2 * bh + 1) * N + i, norm, mask=i < N)
 
 
 @triton.jit
@@ -155,7 +155,7 @@ def _bwd_kv_step(
     o = load_rows(o_ptr, start, WIDTH, stride_on, N, D, BLOCK_D, FULL)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     top = tl.load(stats_ptr + i, mask=i < N, other=float("inf"))
-    log_sum = tl.load(stats_ptr + N + i, mask=i < N, other=0.0)
+    per_sum = 1.0 / tl.load(stats_ptr + N + i, mask=i < N, other=1.0)
     y_i, x_i = grid_position(start, WIDTH, grid_w, P)
     y_i += center_y
     x_i += center_x
@@ -165,7 +165,7 @@ def _bwd_kv_step(
     bias, _, _, _ = position_exponent(
         slope[:, None], y_i[None, :], x_i[None, :], y_j[:, None], x_j[:, None], center_sq, inside, RPE or P > 0
     )
-    return bwd_kv_tile(grads, kv, (q, do, delta, top, log_sum), bias, i, start_n, scale_log2, drop, ATTN, KEYS)
+    return bwd_kv_tile(grads, kv, (q, do, delta, top, per_sum), bias, i, start_n, scale_log2, drop, ATTN, KEYS)
 
 
 @triton.jit
@@ -266,7 +266,7 @@ def mhca_attention_bwd_kernel(
             dq, s_r, s_u, s_w, s_1 = _bwd_q_step(
                 sums, row_tiles, rows, own, kv, full, N, scale_log2, drop, D, BLOCK_D, P, RPE, ATTN, TAIL, False
             )
-        per_sum = tl.exp2(-tl.load(stats_ptr + N + own, mask=own < N, other=0.0))
+        per_sum = 1.0 / tl.load(stats_ptr + N + own, mask=own < N, other=1.0)
         store_rows(dq_ptr + grad_offset, start_m, BLOCK_M, H * D, dq * (per_sum * scale)[:, None], N, D, BLOCK_D)
         part_ptr += h * 3 * S + b * blocks + block
         patch = (own >= P) & (own < N)  # the others may hold NaN
@@ -301,8 +301,8 @@ def _bwd_reduce_kernel(part_ptr, alpha_ptr, dalpha_ptr, dcenter_ptr, S, rpe_fact
 def mhca_attention_fwd(
     q, k, v, alpha, center, seed, grid_h, grid_w, num_prefix_tokens, scale, rpe_dropout, attn_dropout
 ):
-    """out (B, H, N, D), laid out as (B, N, H, D), and stats (B, H, 2, N) float32: each row's largest score and
-    the log of the sum of its exponentials from there, in units of log 2. Arguments: the native op's.
+    """out (B, H, N, D), laid out as (B, N, H, D), and stats (B, H, 2, N) float32: each row's largest score, in
+    units of log 2, and the sum of its exponentials from there. Arguments: the native op's.
 
     q, k, v: (B, H, N, D), any strides. alpha: (H,), center: (H, 2), float32. seed: one int64, read where a p > 0.
     RuntimeError for a dtype or a size that the kernels do not take.

@@ -50,7 +50,7 @@ struct NaiveMhca {
           }
           for (int64_t j = 0; j < N; ++j) sum += std::exp(p[j] - max);
           stats[2 * (b * H + h) * N + i] = max / std::log(2.0);
-          stats[(2 * (b * H + h) + 1) * N + i] = std::log2(sum);
+          stats[(2 * (b * H + h) + 1) * N + i] = sum;
           double delta = 0;
           for (int64_t j = 0; j < N; ++j) {
             p[j] = std::exp(p[j] - max) / sum;
