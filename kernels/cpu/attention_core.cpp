@@ -1,8 +1,6 @@
 // Attention of one pair for one instruction set; see attention_core.h.
 #include "attention_core.h"
 
-#include <algorithm>
-#include <cmath>
 #include <limits>
 #include <utility>
 
@@ -41,7 +39,7 @@ void AttentionCore<U>::init(const AttentionSizes& sizes, bool backward, Scratch&
   depth_ = summed<U>(s_.D);
   left_width_ = round_to_lanes<T>(depth_);
   block_ = key_block(keys_);
-  whole_ = block_ == keys_ && !std::is_same_v<T, double>;
+  whole_ = block_ == keys_;
   row_stride_ = row_stride(block_);
   folded_ = s_.extra ? s_.extra + 1 : 0;
   fold_rows_ = smaller(kQueryBlock, block_size(s_) / row_stride(keys_));

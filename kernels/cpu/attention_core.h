@@ -25,7 +25,6 @@ namespace fastib::FASTIB_ISA_NAMESPACE {
 inline constexpr int64_t kQueryBlock = 72;
 inline constexpr int64_t kKeyBlock = 1088;
 inline constexpr int64_t kSumKeys = 320;  // that are summed in one go: longer sums round more
-inline constexpr double kLog2e = 1.4426950408889634;
 
 struct AttentionSizes {
   int64_t N, extra, D;  // tokens in all, extra ones among them
@@ -160,7 +159,7 @@ class AttentionCore {
   int64_t folded_ = 0;      // rows that are folded
   int64_t fold_rows_ = 0;   // how many of them scores_ holds against all keys
   int64_t row_stride_ = 0;  // of scores_ and grad_scores_
-  bool whole_ = false;      // whether rows are summed over their keys: a block has all, and out is rounded more
+  bool whole_ = false;      // whether a block has all keys
   T score_unit_ = 0, kept_scale_ = 1;
   uint32_t threshold_ = 0;
   U *q_ = nullptr, *grad_out_ = nullptr;                          // (kQueryBlock, left_width_)

@@ -18,7 +18,6 @@ namespace {
 thread_local Scratch scratch;
 
 constexpr int64_t kTokens = 8;  // of a block of the backward
-constexpr double kLog2e = 1.4426950408889634;
 
 // Asks for the cache lines of `bytes` that lie `ahead` bytes behind p; they need not exist. They go to the second
 // cache: a block of tokens in all heads and the next one would push each other out of the first.

@@ -78,7 +78,7 @@ class RelativePosition final : public ScoreTerm<T> {
     center_row_ = center_row;
     center_column_ = center_column;
     // In a wider type, and rounded once: errors of so few numbers, which all scores share, do not average out.
-    const Wide unit = 1.442695040888963407359924681001892137L * (g.dropout > 0 ? dropout_scale(g.dropout) : 1.0);
+    const Wide unit = kLog2e * (g.dropout > 0 ? dropout_scale(g.dropout) : 1.0);
     // Bounded, so that the parts in rows and in columns cannot be infinities of opposite sign.
     const Wide bound = std::numeric_limits<T>::max() / 4;
     const auto part = [&](Wide d, Wide center) {

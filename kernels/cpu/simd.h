@@ -172,6 +172,8 @@ inline T horizontal_max(Vec<T> x) {
   return fold_lanes<T>(x, [](Vec<T> a, Vec<T> b) { return maximum<T>(a, b); });
 }
 
+inline constexpr long double kLog2e = 1.442695040888963407359924681L;  // log2(e)
+
 // 2^x, relative error below 2.4e-7; NaN stays NaN. For x up to 127. 0 below the normal range, and with AVX-512 below
 // 2^-100: no product of a probability that matters is subnormal, which some processors compute a hundred times slower.
 inline Vec<float> exp2_vec(Vec<float> x) {
